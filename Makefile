@@ -1,0 +1,57 @@
+# Every command sets up what it needs. CI calls only these.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+STAMP := .venv/.locked
+
+.PHONY: help demo test test-unit test-cluster check format bench image cluster cluster-down lock
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+demo: $(STAMP)  ## a fresh machine to streamed tokens from an InferenceDeployment on a real cluster
+	@$(PY) -u hack/demo
+
+test: $(STAMP) check test-unit test-cluster  ## the whole CPU suite, including a real API server and a real node
+
+test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
+	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e"
+
+test-cluster: $(STAMP)  ## tests on a real API server and on the local cluster with the images
+	@python3 -u hack/cluster binaries
+	$(PY) -m pytest tests -m "(apiserver or e2e) and not gpu" --timeout 900
+
+check: $(STAMP)  ## format, lint, types, import contracts, generated files, line budget
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	PYTHONPATH= .venv/bin/lint-imports
+	$(PY) -m tilefleet_operator crd | diff -u crds/tilefleet.io_inferencedeployments.yaml -
+	diff -r crds helm/tilefleet/files/crds
+	$(PY) hack/line_budget.py
+
+format: $(STAMP)  ## write the format that check expects
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+bench: $(STAMP)  ## every benchmark, JSON lines
+	@for b in benchmarks/*.py; do $(PY) $$b || exit 1; done
+
+bench-%: $(STAMP)  ## one benchmark, e.g. bench-engine-cpu
+	@$(PY) benchmarks/$(subst -,_,$*).py
+
+image: $(STAMP)  ## build the images with docker, podman or buildah, whichever is there
+	@python3 -u hack/image build
+
+cluster:  ## start the local cluster
+	@python3 -u hack/cluster up
+
+cluster-down:  ## stop it; nothing is left
+	@python3 -u hack/cluster down
+
+lock:  ## pin every dependency anew
+	@hack/uv.sh true && locks/compile.sh
+
+$(STAMP): locks/dev.txt pyproject.toml hack/uv.sh
+	@hack/uv.sh sync
+	@touch $@
