@@ -4,20 +4,20 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.locked
 
-.PHONY: help demo test test-unit test-cluster check format bench image cluster cluster-down lock
+.PHONY: system help demo test test-unit test-cluster check format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
-demo: $(STAMP)  ## a fresh machine to streamed tokens from an InferenceDeployment on a real cluster
+demo: system $(STAMP)  ## a fresh machine to streamed tokens from an InferenceDeployment on a real cluster
 	@$(PY) -u hack/demo
 
-test: $(STAMP) check test-unit test-cluster  ## the whole CPU suite, including a real API server and a real node
+test: system check test-unit test-cluster  ## the whole CPU suite, including a real API server and a real node
 
 test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e"
 
-test-cluster: $(STAMP)  ## tests on a real API server and on the local cluster with the images
+test-cluster: system $(STAMP)  ## tests on a real API server and on the local cluster with the images
 	@python3 -u hack/cluster binaries
 	$(PY) -m pytest tests -m "(apiserver or e2e) and not gpu" --timeout 900
 
@@ -40,17 +40,20 @@ bench: $(STAMP)  ## every benchmark, JSON lines
 bench-%: $(STAMP)  ## one benchmark, e.g. bench-engine-cpu
 	@$(PY) benchmarks/$(subst -,_,$*).py
 
-image: $(STAMP)  ## build the images with docker, podman or buildah, whichever is there
+image: system  ## build the images with docker, podman or buildah, whichever is there
 	@python3 -u hack/image build
 
-cluster:  ## start the local cluster
+cluster: system  ## start the local cluster
 	@python3 -u hack/cluster up
 
 cluster-down:  ## stop it; nothing is left
 	@python3 -u hack/cluster down
 
 lock:  ## pin every dependency anew
-	@hack/uv.sh true && locks/compile.sh
+	@hack/uv.sh lock
+
+system:
+	@python3 -u hack/system_packages.py
 
 $(STAMP): locks/dev.txt pyproject.toml hack/uv.sh
 	@hack/uv.sh sync

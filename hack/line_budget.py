@@ -31,9 +31,15 @@ def main() -> int:
         total += lines
         cap = BUDGET.get(path, (SOFT, ""))[0]
         if lines > min(cap, HARD):
-            wrong.append(f"{path}: {lines} lines, cap {cap}: split it, or raise its budget with a reason")
+            wrong.append(
+                f"{path}: {lines} lines, cap {cap}: split it, or raise its budget with a reason"
+            )
     wrong += [f"{path}: in the budget, not in the tree" for path in BUDGET if path not in paths]
-    print("\n".join(wrong) if wrong else f"line budget: {len(paths)} modules, {total} lines, none over its cap")
+    print(
+        "\n".join(wrong)
+        if wrong
+        else f"line budget: {len(paths)} modules, {total} lines, none over its cap"
+    )
     return 1 if wrong else 0
 
 

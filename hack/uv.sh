@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts uv on PATH (from PyPI, in an environment of its own if need be) and runs: sync | true.
-# sync makes .venv exactly what locks/dev.txt pins, and the project editable on top.
+# Puts uv on PATH (from PyPI, in an environment of its own if need be) and runs: sync | lock.
+# sync makes .venv exactly what locks/dev.txt pins, and the project editable on top; lock writes locks/ anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! command -v uv >/dev/null; then
@@ -12,9 +12,9 @@ if ! command -v uv >/dev/null; then
   export PATH="$home/bin:$PATH"
 fi
 case "${1:-sync}" in
-  true) exit 0 ;;
+  lock) exec locks/compile.sh ;;
   sync) ;;
-  *) echo "usage: hack/uv.sh sync|true" >&2; exit 2 ;;
+  *) echo "usage: hack/uv.sh sync|lock" >&2; exit 2 ;;
 esac
 python=$(command -v python3)
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
