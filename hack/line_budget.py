@@ -1,7 +1,7 @@
 """Line budget: each module of the shipped packages against its cap.
 
-The default hard cap is 400 lines and the soft one 250 (docs/design/layout.md). A module that needs more
-than the soft cap stands in BUDGET with the reason, so growth is a decision made in a commit.
+The hard cap is 400 lines, the soft one 250 (docs/design/layout.md). A module that needs more than
+the soft cap stands in BUDGET with the reason, so growth is a decision made in a commit.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Checks the programs that the cluster kit and the image build call; installs them on Debian as root.
+"""Checks the programs that the cluster kit and the image build call; on Debian root installs them.
 
 Runs with the system's Python before any virtual environment exists. A container engine that already
 answers (docker, podman or buildah) is taken as it is.
@@ -23,7 +23,7 @@ ENGINES = ("docker", "podman", "buildah")
 
 
 def engine_answers() -> bool:
-    """True if one of the container engines can build here (a docker client without a daemon cannot)."""
+    """True if a container engine can build here (a docker client without a daemon cannot)."""
     for name in ENGINES:
         if (
             shutil.which(name)
