@@ -1,0 +1,455 @@
+"""InferenceDeployment v1alpha1: the spec as frozen types, and parse() from a Kubernetes object.
+
+Every rule stands twice, once as CEL for the API server (`x-kubernetes-validations`) and once as a
+validator for `tilefleet plan`; tests/operator/test_crd.py keeps the two and all defaults equal.
+Only fields that work are here. Does not know pods, nodes or how anything is rendered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+
+from tilefleet_operator.errors import SpecInvalid
+
+GROUP = "tilefleet.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "InferenceDeployment"
+PLURAL = "inferencedeployments"
+SINGULAR = "inferencedeployment"
+SHORT_NAME = "infd"
+CATEGORY = "tilefleet"
+FIELD_MANAGER = "tilefleet"
+
+# 48 leaves room for "-<8 hex>-<4 digits>" in a pod name that must also be a host name (63).
+MAX_NAME_LENGTH = 48
+MAX_REPLICAS = 1000
+MAX_DEVICES_PER_POD = 8
+NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+URI_PATTERN = r"^(hf|pvc|file)://[^\s]+$"
+URI_SCHEMES = ("hf://", "pvc://", "file://")
+
+_DURATION = re.compile(r"(\d+)(ms|s|m|h)")
+_DURATION_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_QUANTITY = re.compile(r"^([0-9]+(?:\.[0-9]+)?)([numkKMGTPE]i?|)$")
+_QUANTITY_FACTORS = {
+    "": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
+    "P": 1e15, "E": 1e18, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
+    "Pi": 2.0**50, "Ei": 2.0**60,
+}  # fmt: skip
+
+Duration = Annotated[str, Field(pattern=r"^(\d+(ms|s|m|h))+$", max_length=32)]
+Fraction = Annotated[str, Field(pattern=r"^\d+(\.\d+)?$", max_length=16)]
+Quantity = Annotated[
+    str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=32)
+]
+OptionalQuantity = Annotated[
+    str, Field(pattern=r"^([0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?)?$", max_length=32)
+]
+Product = Literal["MI210", "MI250X", "MI300A", "MI300X", "MI308X", "MI325X", "MI350X", "MI355X"]
+
+
+def seconds(duration: str) -> float:
+    """Seconds of a duration such as "1m30s" or "250ms". Raises ValueError on anything else."""
+    parts = _DURATION.findall(duration)
+    if not parts or "".join(number + unit for number, unit in parts) != duration:
+        raise ValueError(f"{duration!r} is not a duration; write for example 300s, 1m30s or 250ms")
+    return sum(int(number) * _DURATION_SECONDS[unit] for number, unit in parts)
+
+
+def quantity(text: str) -> float:
+    """Value of a Kubernetes quantity in its base unit (bytes, cores, devices).
+
+    Raises ValueError on anything else.
+    """
+    match = _QUANTITY.match(str(text))
+    if match is None or match.group(2) not in _QUANTITY_FACTORS:
+        raise ValueError(f"{text!r} is not a quantity; write for example 2, 500m or 16Gi")
+    return float(match.group(1)) * _QUANTITY_FACTORS[match.group(2)]
+
+
+def _cel(rule: str, message: str, expression: str) -> dict[str, str]:
+    return {"rule": rule, "message": message, "messageExpression": expression}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True
+    )
+
+
+class SecretRef(_Model):
+    """A key of a Secret in the object's own namespace."""
+
+    name: Annotated[str, Field(max_length=253)] = Field(
+        default="", description="Secret that holds the token; empty: none."
+    )
+    key: Annotated[str, Field(min_length=1, max_length=253)] = Field(
+        default="token", description="Key inside the Secret."
+    )
+
+
+class ModelSpec(_Model):
+    """Which checkpoint is served, and under which name."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                _cel(
+                    "["
+                    + ", ".join(f"'{scheme}'" for scheme in URI_SCHEMES)
+                    + "].all(s, self.uri.startsWith(s) == oldSelf.uri.startsWith(s))",
+                    "uri: the scheme is immutable; create a new InferenceDeployment instead",
+                    "'uri: ' + self.uri + ' changes the scheme of ' + oldSelf.uri"
+                    " + '; the scheme is immutable, create a new InferenceDeployment instead'",
+                )
+            ]
+        }
+    )
+
+    uri: Annotated[str, Field(pattern=URI_PATTERN, max_length=1024)] = Field(
+        description="Checkpoint: hf://org/name[@revision], pvc://claim/path or file:///path."
+    )
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._/:-]*$", max_length=128)] = Field(
+        default="", description="Name that clients ask for; empty: metadata.name."
+    )
+    secret_ref: SecretRef = Field(
+        default_factory=SecretRef, description="Token for hf://, same namespace only."
+    )
+    max_model_len: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
+        default=0, description="Longest prompt plus output in tokens; 0: the model's own limit."
+    )
+
+
+class KvCache(_Model):
+    """The one memory pool that all requests of a replica share."""
+
+    memory: OptionalQuantity = Field(
+        default="", description="Pool size, for example 256Mi; empty: the engine's own choice."
+    )
+    block_size: Annotated[int, Field(ge=1, le=256)] = Field(
+        default=16, description="Tokens in one block."
+    )
+    prefix_caching: bool = Field(
+        default=True, description="Share blocks of equal prompt beginnings."
+    )
+
+
+class Resources(_Model):
+    """What one replica asks of its node, beside accelerators."""
+
+    cpu: Quantity = Field(
+        default="1", description="CPU request; on vendor cpu also the number of threads."
+    )
+    memory: Quantity = Field(default="2Gi", description="Memory request and limit.")
+
+
+class EngineSpec(_Model):
+    """How the engine of each replica runs."""
+
+    image: Annotated[str, Field(max_length=512)] = Field(
+        default="", description="Image of the worker; empty: the operator's default."
+    )
+    args: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)] = Field(
+        default_factory=list, description="More flags for the worker, after the rendered ones."
+    )
+    kv_cache: KvCache = Field(default_factory=KvCache, description="The KV pool.")
+    max_batch_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
+        default=2048, description="Most tokens computed in one step."
+    )
+    max_concurrent: Annotated[int, Field(ge=1, le=65_536)] = Field(
+        default=256, description="Most requests that run at the same time on one replica."
+    )
+    resources: Resources = Field(
+        default_factory=Resources, description="CPU and memory of one replica."
+    )
+
+
+class Toleration(_Model):
+    """A Kubernetes toleration."""
+
+    key: Annotated[str, Field(max_length=317)] = Field(default="", description="Taint key.")
+    operator: Literal["Exists", "Equal"] = Field(default="Exists", description="Comparison.")
+    value: Annotated[str, Field(max_length=63)] = Field(default="", description="Taint value.")
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field(
+        default="", description="Taint effect; empty: all."
+    )
+
+
+class AcceleratorSpec(_Model):
+    """The devices of one replica, and the nodes that may carry it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                _cel(
+                    "self.vendor != 'cpu' || self.count == 0",
+                    "count: must be 0 when vendor is cpu",
+                    "'count: ' + string(self.count) + ' needs devices, but vendor is cpu;"
+                    " remove count or set vendor to amd'",
+                ),
+                _cel(
+                    "self.vendor != 'cpu' || (self.products.size() == 0"
+                    " && self.deviceIDs.size() == 0)",
+                    "products, deviceIDs: must be empty when vendor is cpu",
+                    "'products: ' + self.products.join(',') + self.deviceIDs.join(',')"
+                    " + ' names GPUs, but vendor is cpu; remove them or set vendor to amd'",
+                ),
+            ]
+        }
+    )
+
+    vendor: Literal["amd", "cpu"] = Field(default="amd", description="Kind of device.")
+    products: Annotated[list[Product], Field(max_length=16)] = Field(
+        default_factory=list, description="AMD products that may be used; empty: any."
+    )
+    device_ids: Annotated[
+        list[Annotated[str, Field(pattern=r"^[0-9a-f]{4}$", max_length=4)]], Field(max_length=32)
+    ] = Field(
+        default_factory=list,
+        alias="deviceIDs",
+        description="PCI device ids that may be used, for example 74a1; overrides products.",
+    )
+    count: Annotated[int, Field(ge=0, le=MAX_DEVICES_PER_POD)] = Field(
+        default=0, description="Devices of one replica; 0: one on amd, none on cpu."
+    )
+    node_selector: Annotated[
+        dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=32)
+    ] = Field(default_factory=dict, description="Node labels that must be equal.")
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(
+        default_factory=list, description="Beside amd.com/gpu Exists, which amd always has."
+    )
+
+    @model_validator(mode="after")
+    def _cpu_has_no_devices(self) -> AcceleratorSpec:
+        if self.vendor == "cpu" and self.count != 0:
+            raise ValueError(
+                f"count: {self.count} needs devices, but vendor is cpu; remove count or set vendor"
+                " to amd"
+            )
+        if self.vendor == "cpu" and (self.products or self.device_ids):
+            named = ",".join([*self.products, *self.device_ids])
+            raise ValueError(
+                f"products: {named} names GPUs, but vendor is cpu; remove them or set vendor to amd"
+            )
+        return self
+
+    @property
+    def devices(self) -> int:
+        """Devices of one replica with the default resolved."""
+        return 0 if self.vendor == "cpu" else (self.count or 1)
+
+
+class ScaleUp(_Model):
+    """How fast a fleet may grow."""
+
+    max_step_percent: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=200, description="Most growth of one decision, in percent of the fleet."
+    )
+    max_step_pods: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] = Field(
+        default=8, description="Most growth of one decision, in replicas."
+    )
+
+
+class ScaleDown(_Model):
+    """How slowly a fleet shrinks."""
+
+    window: Duration = Field(
+        default="60s", description="The fleet fits the largest demand of this time."
+    )
+    step_percent: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=25, description="Most shrinking of one step, in percent; at least one replica."
+    )
+    interval: Duration = Field(default="30s", description="Least time between two steps down.")
+
+
+class Autoscaling(_Model):
+    """How many replicas: as written, or as measured load needs."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                _cel(
+                    "self.minReplicas <= self.maxReplicas",
+                    "minReplicas: must not exceed maxReplicas",
+                    "'minReplicas: ' + string(self.minReplicas) + ' exceeds maxReplicas '"
+                    " + string(self.maxReplicas) + '; lower minReplicas or raise maxReplicas'",
+                ),
+                _cel(
+                    "double(self.targetUtilization) > 0.0 && double(self.targetUtilization) <= 1.0",
+                    "targetUtilization: must be above 0 and at most 1",
+                    "'targetUtilization: ' + self.targetUtilization"
+                    " + ' is not above 0 and at most 1'",
+                ),
+            ]
+        }
+    )
+
+    mode: Literal["Manual", "Auto"] = Field(
+        default="Auto",
+        description="Manual: spec.replicas. Auto: measured load, between min and max;"
+        " spec.replicas is then neither read nor written.",
+    )
+    min_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] = Field(
+        default=1, description="Least replicas in Auto."
+    )
+    max_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] = Field(
+        default=4, description="Most replicas in Auto."
+    )
+    target_utilization: Fraction = Field(
+        default="0.85", description="Wanted share of the learned capacity, above 0 and at most 1."
+    )
+    scale_up: ScaleUp = Field(default_factory=ScaleUp, description="Limits of growth.")
+    scale_down: ScaleDown = Field(default_factory=ScaleDown, description="Limits of shrinking.")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Autoscaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"minReplicas: {self.min_replicas} exceeds maxReplicas {self.max_replicas}; lower"
+                " minReplicas or raise maxReplicas"
+            )
+        if not 0.0 < float(self.target_utilization) <= 1.0:
+            raise ValueError(
+                f"targetUtilization: {self.target_utilization} is not above 0 and at most 1"
+            )
+        return self
+
+
+class Drain(_Model):
+    """How a replica that leaves finishes its requests."""
+
+    timeout: Duration = Field(
+        default="300s", description="Longest wait for running requests before they are cut."
+    )
+
+
+class Rollout(_Model):
+    """How a new revision replaces the old one."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                _cel(
+                    "self.maxSurge + self.maxUnavailable >= 1",
+                    "maxSurge, maxUnavailable: one of them must be above 0",
+                    "'maxSurge: ' + string(self.maxSurge) + ' and maxUnavailable '"
+                    " + string(self.maxUnavailable)"
+                    " + ' leave no room for a rollout; raise one of them'",
+                )
+            ]
+        }
+    )
+
+    max_surge: Annotated[int, Field(ge=0, le=MAX_REPLICAS)] = Field(
+        default=1, description="Replicas above the wanted number during a rollout."
+    )
+    max_unavailable: Annotated[int, Field(ge=0, le=MAX_REPLICAS)] = Field(
+        default=0, description="Replicas below the wanted number during a rollout."
+    )
+    drain: Drain = Field(default_factory=Drain, description="Finishing requests.")
+
+    @model_validator(mode="after")
+    def _room(self) -> Rollout:
+        if self.max_surge + self.max_unavailable < 1:
+            raise ValueError(
+                f"maxSurge: {self.max_surge} and maxUnavailable {self.max_unavailable} leave no"
+                " room for a rollout; raise one of them"
+            )
+        return self
+
+
+class Spec(_Model):
+    """What the user wants."""
+
+    model: ModelSpec = Field(description="The checkpoint.")
+    engine: EngineSpec = Field(default_factory=EngineSpec, description="The engine.")
+    accelerator: AcceleratorSpec = Field(
+        default_factory=AcceleratorSpec, description="Devices and nodes."
+    )
+    replicas: Annotated[int, Field(ge=0, le=MAX_REPLICAS)] = Field(
+        default=1, description="Replicas in mode Manual; the operator never writes it."
+    )
+    autoscaling: Autoscaling = Field(default_factory=Autoscaling, description="Fleet size.")
+    rollout: Rollout = Field(default_factory=Rollout, description="Replacing revisions.")
+    paused: bool = Field(default=False, description="Change no pods; only report.")
+
+
+@dataclass(frozen=True)
+class InferenceDeployment:
+    """One parsed object. `status` is the raw dictionary that the API server holds; not mutated."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    spec: Spec
+    status: Mapping[str, Any] = field(default_factory=dict)
+    deleting: bool = False
+
+    @property
+    def served_name(self) -> str:
+        """Model name that clients ask for."""
+        return self.spec.model.name or self.name
+
+
+def parse(obj: Mapping[str, Any]) -> InferenceDeployment:
+    """The typed form of a Kubernetes object.
+
+    Raises SpecInvalid with every problem, each naming field, value and rule.
+    """
+    metadata = obj.get("metadata") or {}
+    name = str(metadata.get("name") or "")
+    problems = _identity_problems(obj, name)
+    spec: Spec | None = None
+    try:
+        spec = Spec.model_validate(obj.get("spec") or {})
+    except ValidationError as error:
+        problems += [_sentence(detail) for detail in error.errors()]
+    if problems or spec is None:
+        raise SpecInvalid(name, problems)
+    return InferenceDeployment(
+        namespace=str(metadata.get("namespace") or "default"),
+        name=name,
+        uid=str(metadata.get("uid") or ""),
+        generation=int(metadata.get("generation") or 0),
+        spec=spec,
+        status=obj.get("status") or {},
+        deleting=metadata.get("deletionTimestamp") is not None,
+    )
+
+
+def _identity_problems(obj: Mapping[str, Any], name: str) -> list[str]:
+    problems = []
+    if obj.get("apiVersion") != API_VERSION or obj.get("kind") != KIND:
+        problems.append(
+            f"apiVersion, kind: {obj.get('apiVersion')} {obj.get('kind')} is not"
+            f" {API_VERSION} {KIND}"
+        )
+    if len(name) > MAX_NAME_LENGTH:
+        problems.append(
+            f"metadata.name: {name} has {len(name)} characters; at most {MAX_NAME_LENGTH}"
+        )
+    if not re.match(NAME_PATTERN, name):
+        problems.append(
+            f"metadata.name: {name!r} must start with a letter and hold only a-z, 0-9 and -"
+        )
+    return problems
+
+
+def _sentence(detail: Mapping[str, Any]) -> str:
+    """One problem of pydantic's as `spec.field: value: rule`."""
+    path = ".".join(["spec", *(str(part) for part in detail["loc"])])
+    if detail["type"] == "value_error":
+        return f"{path}.{detail['ctx']['error']}"
+    if detail["type"] == "missing":
+        return f"{path}: is required"
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown field"
+    return f"{path}: {detail['input']!r}: {detail['msg']}"

@@ -1,0 +1,384 @@
+"""Observed objects as small frozen views, and the Snapshot that a plan is made from.
+
+Builders take plain Kubernetes dictionaries and the worker's /stats document. Knows no client, no
+clock and no wish: what ought to be is desired.py, what to do is plan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from tilefleet_operator.api import GROUP, InferenceDeployment, quantity
+from tilefleet_operator.errors import ObservationInvalid
+from tilefleet_operator.hardware import NodeView, Taint
+
+LABEL_DEPLOYMENT = f"{GROUP}/deployment"
+LABEL_REVISION = f"{GROUP}/revision"
+LABEL_ROLE = f"{GROUP}/role"
+LABEL_STATE = f"{GROUP}/state"
+LABEL_SLOT = f"{GROUP}/slot"
+ANNOTATION_DRAIN_STARTED = f"{GROUP}/drain-started"
+ACTIVE, DRAINING = "active", "draining"
+ROLE_WORKER = "worker"
+STATS_VERSION = 1
+DEVICE_PREFIX = "amd.com/"
+
+# Enough for the longest scale-down window of the schema's sensible range, bounded in memory.
+HISTORY_SECONDS = 600.0
+STEPS_KEPT = 1024
+STEPS_PER_SAMPLE = 8
+
+__all__ = [
+    "Counters",
+    "Frame",
+    "Gauges",
+    "History",
+    "MissingStats",
+    "NodeView",
+    "PodView",
+    "Snapshot",
+    "Step",
+    "Taint",
+    "WorkerStats",
+    "device_use",
+    "node_view",
+    "pod_view",
+    "worker_stats",
+]
+
+
+@dataclass(frozen=True)
+class PodView:
+    """What a decision needs to know of one Pod.
+
+    created, deletion_requested, drain_started: seconds since the epoch, None when not so.
+    requests: resource name → quantity, summed over containers.
+    """
+
+    name: str
+    uid: str
+    namespace: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    phase: str = "Pending"
+    ready: bool = False
+    terminating: bool = False
+    ip: str | None = None
+    node: str | None = None
+    reason: str = ""
+    message: str = ""
+    created: float = 0.0
+    restarts: int = 0
+    revision: str = ""
+    state: str = ACTIVE
+    deletion_requested: float | None = None
+    drain_started: float | None = None
+    requests: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Failed, evicted or run to its end: it will never serve again."""
+        return self.phase in ("Failed", "Succeeded")
+
+    @property
+    def slot(self) -> int:
+        """Number at the end of the name; -1 when there is none."""
+        tail = self.name.rpartition("-")[2]
+        return int(tail) if tail.isdigit() else -1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass of an engine: its duration and what was in the batch."""
+
+    seconds: float
+    prefill_tokens: int
+    sequences: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Totals since the worker's process began; they fall only when it restarts."""
+
+    arrivals: int = 0
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0
+    generated_tokens: int = 0
+    completions: int = 0
+    aborts: int = 0
+    errors: int = 0
+    steps: int = 0
+    busy_seconds: float = 0.0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """The worker's state at the moment of the answer."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_prompt_tokens: int = 0
+    oldest_wait_seconds: float = 0.0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_cached: int = 0
+    max_concurrent: int = 0
+    max_model_len: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """One worker's /stats answer. age_seconds: its age at the time of the snapshot."""
+
+    model: str = ""
+    revision: str = ""
+    uptime_seconds: float = 0.0
+    draining: bool = False
+    ready: bool = False
+    block_size: int = 0
+    counters: Counters = field(default_factory=Counters)
+    gauges: Gauges = field(default_factory=Gauges)
+    steps: tuple[Step, ...] = ()
+    startup: tuple[tuple[str, float], ...] = ()
+    device: Mapping[str, Any] = field(default_factory=dict)
+    age_seconds: float = 0.0
+
+    @property
+    def inflight(self) -> int:
+        """Requests that would be cut if the process ended now."""
+        return self.gauges.running + self.gauges.waiting
+
+
+@dataclass(frozen=True)
+class MissingStats:
+    """No usable /stats answer, and why. Absence is never zero load."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """All samples of one poll: pod UID → answer without steps. time: seconds since the epoch."""
+
+    time: float
+    samples: Mapping[str, WorkerStats]
+
+
+@dataclass(frozen=True)
+class History:
+    """Polls of the last HISTORY_SECONDS, oldest first, and a thinned reservoir of steps."""
+
+    frames: tuple[Frame, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    def add(self, now: float, stats: Mapping[str, WorkerStats | MissingStats]) -> History:
+        """A new history with one more poll; missing answers leave a gap. Does not mutate."""
+        present = {
+            uid: sample for uid, sample in sorted(stats.items()) if isinstance(sample, WorkerStats)
+        }
+        last = self.frames[-1].samples if self.frames else {}
+        fresh: list[Step] = []
+        for uid, sample in present.items():
+            fresh += _new_steps(last.get(uid), sample)
+        frame = Frame(now, {uid: replace(sample, steps=()) for uid, sample in present.items()})
+        kept = tuple(old for old in self.frames if now - HISTORY_SECONDS <= old.time < now)
+        return History((*kept, frame), (*self.steps, *fresh)[-STEPS_KEPT:])
+
+
+def _new_steps(before: WorkerStats | None, sample: WorkerStats) -> tuple[Step, ...]:
+    """Steps not seen in the poll before, thinned evenly to STEPS_PER_SAMPLE."""
+    count = sample.counters.steps
+    if before is not None and before.counters.steps <= count:
+        count -= before.counters.steps
+    fresh = sample.steps[-count:] if count > 0 else ()
+    stride = max(1, -(-len(fresh) // STEPS_PER_SAMPLE))
+    return fresh[::-1][::stride][::-1]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything one plan is made from.
+
+    device_use: node name → resource name → devices asked for by non-terminal pods of the whole
+    cluster. stats: pod UID → answer or its absence. children: (kind, name) → object last seen.
+    """
+
+    deployment: InferenceDeployment
+    pods: tuple[PodView, ...] = ()
+    nodes: tuple[NodeView, ...] = ()
+    device_use: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    stats: Mapping[str, WorkerStats | MissingStats] = field(default_factory=dict)
+    children: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+
+
+def timestamp(text: str) -> float:
+    """Seconds since the epoch of an RFC 3339 time in UTC, with or without a fraction."""
+    try:
+        parsed = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError as error:
+        raise ObservationInvalid(f"{text!r} is not an RFC 3339 time") from error
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+
+
+def rfc3339(time: float) -> str:
+    """RFC 3339 text, in UTC and whole seconds, of seconds since the epoch."""
+    return datetime.fromtimestamp(int(time), tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def pod_view(obj: Mapping[str, Any]) -> PodView:
+    """View of a Pod object. Raises ObservationInvalid when metadata has no name or uid."""
+    metadata, spec, status = (
+        obj.get("metadata") or {},
+        obj.get("spec") or {},
+        obj.get("status") or {},
+    )
+    if not metadata.get("name") or not metadata.get("uid"):
+        raise ObservationInvalid("a Pod without metadata.name or metadata.uid")
+    labels, annotations = (
+        dict(metadata.get("labels") or {}),
+        dict(metadata.get("annotations") or {}),
+    )
+    conditions = {c["type"]: c for c in status.get("conditions") or []}
+    deleted, drained = metadata.get("deletionTimestamp"), annotations.get(ANNOTATION_DRAIN_STARTED)
+    reason, message = _why(status, conditions)
+    return PodView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        namespace=metadata.get("namespace") or "default",
+        labels=labels,
+        annotations=annotations,
+        phase=status.get("phase") or "Pending",
+        ready=conditions.get("Ready", {}).get("status") == "True" and deleted is None,
+        terminating=deleted is not None,
+        ip=status.get("podIP") or None,
+        node=spec.get("nodeName") or None,
+        reason=reason,
+        message=message,
+        created=timestamp(metadata["creationTimestamp"])
+        if metadata.get("creationTimestamp")
+        else 0.0,
+        restarts=sum(int(c.get("restartCount", 0)) for c in status.get("containerStatuses") or []),
+        revision=labels.get(LABEL_REVISION, ""),
+        state=labels.get(LABEL_STATE, ACTIVE),
+        deletion_requested=timestamp(deleted) if deleted else None,
+        drain_started=timestamp(drained) if drained else None,
+        requests=_requests(spec),
+    )
+
+
+def _why(status: Mapping[str, Any], conditions: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """Reason and message of what keeps a pod from running, most specific first."""
+    for container in status.get("containerStatuses") or []:
+        waiting = (container.get("state") or {}).get("waiting")
+        if waiting:
+            return str(waiting.get("reason") or ""), str(waiting.get("message") or "")
+    scheduled = conditions.get("PodScheduled", {})
+    if scheduled.get("status") == "False":
+        return str(scheduled.get("reason") or ""), str(scheduled.get("message") or "")
+    return str(status.get("reason") or ""), str(status.get("message") or "")
+
+
+def _requests(spec: Mapping[str, Any]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for container in spec.get("containers") or []:
+        resources = container.get("resources") or {}
+        wanted = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
+        for name, amount in wanted.items():
+            total[name] = total.get(name, 0.0) + quantity(amount)
+    return total
+
+
+def device_use(pods: tuple[PodView, ...]) -> dict[str, dict[str, float]]:
+    """AMD devices asked for, node name → resource name → count, by pods that have not ended."""
+    used: dict[str, dict[str, float]] = {}
+    for pod in pods:
+        if pod.node is None or pod.finished:
+            continue
+        for name, amount in pod.requests.items():
+            if name.startswith(DEVICE_PREFIX):
+                node = used.setdefault(pod.node, {})
+                node[name] = node.get(name, 0.0) + amount
+    return used
+
+
+def node_view(obj: Mapping[str, Any]) -> NodeView:
+    """View of a Node object. Raises ObservationInvalid when metadata has no name."""
+    metadata, spec, status = (
+        obj.get("metadata") or {},
+        obj.get("spec") or {},
+        obj.get("status") or {},
+    )
+    if not metadata.get("name"):
+        raise ObservationInvalid("a Node without metadata.name")
+    conditions = {c["type"]: str(c.get("status")) for c in status.get("conditions") or []}
+    allocatable = {k: quantity(v) for k, v in (status.get("allocatable") or {}).items()}
+    created = metadata.get("creationTimestamp")
+    return NodeView(
+        name=metadata["name"],
+        labels=dict(metadata.get("labels") or {}),
+        ready=conditions.get("Ready") == "True",
+        schedulable=not spec.get("unschedulable", False),
+        taints=tuple(
+            Taint(t["key"], t.get("value") or "", t.get("effect") or "")
+            for t in spec.get("taints") or []
+        ),
+        allocatable=allocatable,
+        capacity={k: quantity(v) for k, v in (status.get("capacity") or {}).items()} or allocatable,
+        conditions=conditions,
+        created=timestamp(created) if created else 0.0,
+    )
+
+
+def worker_stats(document: Mapping[str, Any], age_seconds: float = 0.0) -> WorkerStats:
+    """The typed form of a /stats document.
+
+    Raises ObservationInvalid, naming the field, when the version differs or a value has the wrong
+    type.
+    """
+    if document.get("version") != STATS_VERSION:
+        raise ObservationInvalid(
+            f"/stats: version {document.get('version')!r} is not {STATS_VERSION}; the worker image"
+            " and the operator do not belong together"
+        )
+    try:
+        return WorkerStats(
+            model=str(document["model"]),
+            revision=str(document.get("revision", "")),
+            uptime_seconds=float(document["uptime_seconds"]),
+            draining=bool(document["draining"]),
+            ready=bool(document["ready"]),
+            block_size=int(document.get("block_size", 0)),
+            counters=Counters(**_numbers(document["counters"], Counters)),
+            gauges=Gauges(**_numbers(document["gauges"], Gauges)),
+            steps=tuple(_step(s) for s in document.get("steps", ())),
+            startup=tuple((str(p["phase"]), float(p["seconds"])) for p in document["startup"]),
+            device=dict(document.get("device") or {}),
+            age_seconds=age_seconds,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ObservationInvalid(f"/stats: {type(error).__name__}: {error}") from error
+
+
+def _numbers(document: Mapping[str, Any], kind: type[Counters] | type[Gauges]) -> dict[str, Any]:
+    """Known fields of a group of numbers; unknown ones belong to a newer worker and are skipped."""
+    names = kind.__dataclass_fields__
+    known = {name: document[name] for name in names if name in document}
+    for name, value in known.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"{name}: {value!r} is not a number of at least 0")
+    return known
+
+
+def _step(step: Mapping[str, Any]) -> Step:
+    return Step(
+        float(step["seconds"]),
+        int(step["prefill_tokens"]),
+        int(step["sequences"]),
+        int(step["kv_tokens"]),
+    )
