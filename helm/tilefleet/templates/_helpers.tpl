@@ -1,0 +1,92 @@
+{{/* Name of the application, at most 63 characters. */}}
+{{- define "tilefleet.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* Prefix of all object names; 50 characters leave room for suffixes. */}}
+{{- define "tilefleet.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := include "tilefleet.name" . -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tilefleet.operatorName" -}}
+{{- printf "%s-operator" (include "tilefleet.fullname" .) -}}
+{{- end -}}
+
+{{/* Labels that never change: selectors use only these. */}}
+{{- define "tilefleet.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "tilefleet.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: operator
+{{- end -}}
+
+{{- define "tilefleet.labels" -}}
+{{ include "tilefleet.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: tilefleet
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "tilefleet.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "tilefleet.operatorName" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Image reference of (dict "image" <values> "root" $): a digest wins over the tag. */}}
+{{- define "tilefleet.image" -}}
+{{- $path := .image.repository -}}
+{{- if .image.registry -}}
+{{- $path = printf "%s/%s" .image.registry .image.repository -}}
+{{- end -}}
+{{- if .image.digest -}}
+{{- printf "%s@%s" $path .image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $path (default .root.Chart.AppVersion .image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What the operator does inside the namespaces that it watches. */}}
+{{- define "tilefleet.namespacedRules" -}}
+- apiGroups: [tilefleet.io]
+  resources: [inferencedeployments]
+  verbs: [get, list, watch]
+- apiGroups: [tilefleet.io]
+  resources: [inferencedeployments/status]
+  verbs: [patch]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [services]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [events]
+  verbs: [create, patch]
+{{- end -}}
+
+{{/* The test's objects are not the operator's: its selectors must not find them. */}}
+{{- define "tilefleet.testLabels" -}}
+{{ include "tilefleet.labels" . | replace "component: operator" "component: test" }}
+{{- end -}}
+
+{{/* The objects the test pod needs come before it and go with it. */}}
+{{- define "tilefleet.testHook" -}}
+helm.sh/hook: test
+helm.sh/hook-weight: "0"
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end -}}
