@@ -10,7 +10,7 @@ from typing import Protocol
 
 from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import EngineError
-from tilefleet_worker.request import Delta, Refusal, Request
+from tilefleet_worker.request import Delta, FinishReason, Refusal, Request
 from tilefleet_worker.scheduler import Scheduler
 from tilefleet_worker.stats import EngineInfo, EngineStats, StepSample
 from tilefleet_worker.step import StepPlan, StepResult
@@ -335,7 +335,7 @@ class Engine:
             left = sorted(self._inflight)
             self._inbox.clear()
         reason = self._failure
-        finish = "abort" if reason is None else "error"
+        finish: FinishReason = "abort" if reason is None else "error"
         self._publish([Delta(request_id, (), finish, reason) for request_id in left])
 
 
