@@ -1,0 +1,147 @@
+"""A queue of dirty keys: coalesced, one worker a key, backoff a key, one token bucket for all.
+
+It does not know what a key means nor what a worker does with it.
+
+Source: the semantics of client-go's rate limiting work queue; one heap instead of three queues.
+"""
+
+import asyncio
+import heapq
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tilefleet_operator.rate import TokenBucket
+
+Key = tuple[str, str]
+"""(namespace, name) of one InferenceDeployment."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """Rates and delays of a WorkQueue."""
+
+    keys_per_second: float = 50.0
+    """Steady rate at which keys are handed out, over all workers."""
+    burst: int = 100
+    """Keys handed out at once after a quiet time."""
+    base_seconds: float = 0.05
+    """First backoff of a failing key; it doubles with each failure in a row."""
+    cap_seconds: float = 300.0
+    """Longest backoff of a failing key."""
+    event_floor_seconds: float = 5.0
+    """An event wakes a failing key from its backoff, but not sooner than this after the failure:
+    a refused write that provokes an event each time must not become a hot loop."""
+
+
+class WorkQueue:
+    """Dirty keys in the order in which they fall due.
+
+    Promises: a key that is being worked on is never handed out again before ``done``; a key added
+    meanwhile is handed out once afterwards; of several requests for one key the earliest wins.
+    """
+
+    def __init__(
+        self,
+        limits: QueueLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self.limits = limits or QueueLimits()
+        self.clock = clock
+        self.rand = rand
+        self._due: dict[Key, float] = {}
+        self._heap: list[tuple[float, Key]] = []
+        self._running: dict[Key, float] = {}
+        self._again: dict[Key, float] = {}
+        self._failures: dict[Key, int] = {}
+        self._floor: dict[Key, float] = {}
+        self._bucket = TokenBucket(self.limits.keys_per_second, self.limits.burst, clock)
+        self._wake = asyncio.Event()
+
+    def add(self, key: Key, delay_seconds: float = 0.0) -> None:
+        """Ask for one run of ``key`` in ``delay_seconds``; an earlier request wins."""
+        when = max(self.clock() + delay_seconds, self._floor.get(key, self.clock()))
+        waiting = self._again if key in self._running else self._due
+        if when >= waiting.get(key, math.inf):
+            return
+        waiting[key] = when
+        if waiting is self._due:
+            heapq.heappush(self._heap, (when, key))
+            self._wake.set()
+
+    async def get(self) -> tuple[Key, float]:
+        """Wait for the next due key; returns it and the seconds that it waited beyond its due time.
+
+        The caller must call ``done`` for the key, whatever happens.
+        """
+        while True:
+            self._wake.clear()
+            wait = self._seconds_to_next()
+            if wait is not None and wait <= 0:
+                when, key = heapq.heappop(self._heap)
+                del self._due[key]
+                self._bucket.take()
+                now = self.clock()
+                self._running[key] = now
+                return key, max(0.0, now - when)
+            try:
+                await asyncio.wait_for(self._wake.wait(), wait)
+            except TimeoutError:
+                continue
+
+    def done(
+        self,
+        key: Key,
+        *,
+        failed: bool = False,
+        retry_after_seconds: float | None = None,
+        requeue_after_seconds: float | None = None,
+    ) -> None:
+        """End a run of ``key``.
+
+        failed: the key comes back after its backoff, but not before ``retry_after_seconds`` (what
+        the API server asked for). requeue_after_seconds: come back then though all went well.
+        """
+        del self._running[key]
+        again = self._again.pop(key, None)
+        if failed:
+            delay = max(self._backoff(key), retry_after_seconds or 0.0)
+            self._floor[key] = self.clock() + min(delay, self.limits.event_floor_seconds)
+            self.add(key, delay)
+        else:
+            self.forget(key)
+        if again is not None:
+            self.add(key, again - self.clock())
+        if requeue_after_seconds is not None:
+            self.add(key, requeue_after_seconds)
+
+    def forget(self, key: Key) -> None:
+        """Drop what is remembered of a key's failures."""
+        self._failures.pop(key, None)
+        self._floor.pop(key, None)
+
+    def depth(self) -> int:
+        """Keys that are due now and wait for a worker."""
+        now = self.clock()
+        return sum(1 for when in self._due.values() if when <= now)
+
+    def oldest_seconds(self) -> float:
+        """Age of the longest overdue or longest running key; 0 when there is none."""
+        now = self.clock()
+        return max(0.0, now - min([*self._due.values(), *self._running.values()], default=now))
+
+    def _backoff(self, key: Key) -> float:
+        count = self._failures[key] = self._failures.get(key, 0) + 1
+        full = min(self.limits.cap_seconds, self.limits.base_seconds * 2.0 ** min(count - 1, 30))
+        return full * (0.5 + self.rand() / 2)
+
+    def _seconds_to_next(self) -> float | None:
+        """Seconds until a key may be handed out, <= 0 for now, None for an empty queue."""
+        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)  # superseded by an earlier request
+        if not self._heap:
+            return None
+        return max(self._heap[0][0] - self.clock(), self._bucket.wait_seconds())
