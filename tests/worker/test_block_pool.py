@@ -1,0 +1,183 @@
+"""The block pool: every block in one state, counted right, whatever is done to it."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tilefleet_worker.block_pool import BlockPool, chain_hash, chain_root
+from tilefleet_worker.errors import ConfigError, EngineError
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Requests come with short token lists over two letters, so that prefixes collide often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(9, 2)
+        self.tables: list[list[int]] = []
+        self.model: dict[bytes, int] = {}
+
+    @rule(blocks=st.lists(st.sampled_from([(0, 0), (0, 1)]), min_size=1, max_size=5))
+    def start(self, blocks: list[tuple[int, int]]) -> None:
+        hashes = []
+        parent = self.pool.root("")
+        for tokens in blocks:
+            parent = chain_hash(parent, tokens)
+            hashes.append(parent)
+        hits = self.pool.match(hashes)
+        missing = len(blocks) - len(hits)
+        if missing > self.pool.num_available - self.pool.num_idle_of(hits):
+            return
+        before = self.pool.num_available - self.pool.num_idle_of(hits)
+        self.pool.acquire(hits)
+        new = self.pool.allocate(missing)
+        assert self.pool.num_available == before - missing
+        assert not set(new) & {block for table in self.tables for block in table}
+        table = [*hits, *new]
+        for block, value in zip(table, hashes, strict=True):
+            self.pool.publish(block, value)
+        self.tables.append(table)
+        assert self.pool.match(hashes)[: len(hits)] == hits
+        assert len(self.pool.match(hashes)) == len(hashes)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
+        self.pool.release(table)
+
+    @rule(count=st.integers(0, 9))
+    def take_private(self, count: int) -> None:
+        if count > self.pool.num_available:
+            with pytest.raises(EngineError, match="available"):
+                self.pool.allocate(count)
+            return
+        self.tables.append(list(self.pool.allocate(count)))
+
+    @invariant()
+    def sound(self) -> None:
+        self.pool.check_integrity(self.tables)
+        held = {block for table in self.tables for block in table}
+        assert self.pool.num_referenced == len(held)
+
+    def teardown(self) -> None:
+        for table in self.tables:
+            self.pool.release(table)
+        assert self.pool.num_available == self.pool.num_blocks
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def publish_chain(pool: BlockPool, blocks: tuple[int, ...], salt: str = "") -> list[bytes]:
+    parent, hashes = pool.root(salt), []
+    for index, block in enumerate(blocks):
+        parent = chain_hash(parent, [index] * pool.block_size)
+        pool.publish(block, parent)
+        hashes.append(parent)
+    return hashes
+
+
+def test_the_tail_of_a_freed_prefix_is_evicted_first() -> None:
+    pool = BlockPool(4, 2)
+    blocks = pool.allocate(4)
+    hashes = publish_chain(pool, blocks)
+    pool.release(blocks)
+    pool.allocate(1)
+    assert pool.match(hashes) == list(blocks[:3])
+    pool.allocate(2)
+    assert pool.match(hashes) == [blocks[0]]
+
+
+def test_a_prefix_used_lately_outlives_an_older_one() -> None:
+    pool = BlockPool(4, 2)
+    first, second = pool.allocate(2), pool.allocate(2)
+    old = publish_chain(pool, first, "a")
+    new = publish_chain(pool, second, "b")
+    pool.release(second)
+    pool.release(first)
+    pool.acquire(pool.match(old))
+    pool.release(first)
+    pool.allocate(2)
+    assert pool.match(old) == list(first)
+    assert pool.match(new) == []
+
+
+def test_only_a_shared_block_survives_one_of_its_owners() -> None:
+    pool = BlockPool(4, 2)
+    blocks = pool.allocate(2)
+    hashes = publish_chain(pool, blocks)
+    pool.acquire(pool.match(hashes[:1]))
+    pool.release(blocks)
+    assert pool.num_referenced == 1
+    assert pool.num_idle == 1
+    pool.check_integrity([blocks[:1]])
+
+
+def test_salts_and_fingerprints_separate_equal_tokens() -> None:
+    roots = {chain_root(*pair) for pair in (("m", ""), ("m", "a"), ("ma", ""), ("", "ma"))}
+    assert len(roots) == 4
+
+
+def test_the_chain_depends_on_order_and_on_everything_before() -> None:
+    root = chain_root("m", "")
+    assert chain_hash(root, (1, 2)) != chain_hash(root, (2, 1))
+    assert chain_hash(chain_hash(root, (1, 2)), (5, 6)) != chain_hash(
+        chain_hash(root, (1, 3)), (5, 6)
+    )
+
+
+def test_the_chain_is_stable_across_versions() -> None:
+    """Replicas of different releases must agree, or change the format version on purpose."""
+    value = chain_hash(chain_root("model", "salt"), (1, 2, 3, 4))
+    assert value.hex() == "fab210f9da950a083b4a288403c332985835ea37cb5a3a92da0268a959a1339d"
+
+
+def test_without_prefix_caching_nothing_is_ever_hit() -> None:
+    pool = BlockPool(4, 2, prefix_caching=False)
+    blocks = pool.allocate(2)
+    hashes = publish_chain(pool, blocks)
+    assert pool.match(hashes) == []
+    pool.release(blocks)
+    assert pool.num_idle == 0
+
+
+def test_a_second_release_is_an_error_and_changes_nothing() -> None:
+    pool = BlockPool(2, 2)
+    blocks = pool.allocate(1)
+    pool.release(blocks)
+    with pytest.raises(EngineError, match="released twice"):
+        pool.release(blocks)
+    pool.check_integrity([])
+
+
+def test_publishing_needs_an_owner_and_never_changes_a_hash() -> None:
+    pool = BlockPool(2, 2)
+    with pytest.raises(EngineError, match="without an owner"):
+        pool.publish(0, b"x")
+    (block,) = pool.allocate(1)
+    pool.publish(block, b"x")
+    with pytest.raises(EngineError, match="published twice"):
+        pool.publish(block, b"y")
+
+
+@pytest.mark.parametrize("fault", ["count", "index", "lost"])
+def test_the_integrity_check_sees_a_fault(fault: str) -> None:
+    pool = BlockPool(3, 2)
+    blocks = pool.allocate(2)
+    publish_chain(pool, blocks)
+    if fault == "count":
+        pool._ref_counts[blocks[0]] += 1
+    elif fault == "index":
+        pool._block_of_hash.popitem()
+    else:
+        pool._free.clear()
+    with pytest.raises(EngineError):
+        pool.check_integrity([blocks])
+
+
+def test_an_empty_pool_is_refused_with_a_remedy() -> None:
+    with pytest.raises(ConfigError, match="give the KV cache more memory"):
+        BlockPool(0, 16)

@@ -1,0 +1,368 @@
+"""The scheduler with the fake runner: budgets hold, nothing is lost, everybody ends."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.errors import ConfigError
+from tilefleet_worker.fake_runner import FakeRunner
+from tilefleet_worker.request import Delta, Request, SamplingParams
+from tilefleet_worker.scheduler import MAX_OVERTAKEN, Scheduler
+from tilefleet_worker.step import StepPlan, StepResult
+
+VOCAB = 97
+
+
+def make(
+    blocks: int = 32, budget: int = 16, concurrent: int = 4, length: int = 512, **kwargs: object
+) -> Scheduler:
+    eos = kwargs.pop("eos", ())
+    pool = BlockPool(blocks, 4, **kwargs)  # type: ignore[arg-type]
+    return Scheduler(pool, budget, concurrent, length, vocab_size=VOCAB, eos_token_ids=eos)  # type: ignore[arg-type]
+
+
+def ask(name: str, prompt: list[int], max_tokens: int = 4, **kwargs: object) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, **kwargs)  # type: ignore[arg-type]
+    return Request(name, prompt, params, arrival_seconds=0.0)
+
+
+def step(scheduler: Scheduler, runner: FakeRunner | None = None) -> tuple[StepPlan, list[Delta]]:
+    plan = scheduler.schedule()
+    deltas = scheduler.commit(plan, (runner or FakeRunner(VOCAB)).run(plan))
+    scheduler.check_integrity()
+    return plan, deltas
+
+
+def finish(scheduler: Scheduler, limit: int = 3000) -> dict[str, list[int]]:
+    """Run to the end. Returns the tokens of each request."""
+    tokens: dict[str, list[int]] = {}
+    for _ in range(limit):
+        if not scheduler.has_work:
+            return tokens
+        _, deltas = step(scheduler)
+        for delta in deltas:
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    raise AssertionError(f"not drained after {limit} steps")
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    """What the fake runner says for a prompt, computed without scheduler."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append((tokens[-1] * 31 + len(tokens) * 7 + 3) % VOCAB)
+    return tokens[len(prompt) :]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """A small pool, small budget, shared prefixes, aborts and faults at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make(blocks=12, budget=7, concurrent=3, length=48)
+        self.runner = FakeRunner(VOCAB)
+        self.asked: dict[str, Request] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+        self.plan = StepPlan(())
+
+    @rule(
+        prefix=st.integers(0, 20),
+        tail=st.lists(st.integers(0, VOCAB - 1), max_size=12),
+        max_tokens=st.integers(1, 30),
+    )
+    def add(self, prefix: int, tail: list[int], max_tokens: int) -> None:
+        prompt = [*range(prefix), *tail]
+        request = ask(f"r{len(self.asked)}", prompt, max_tokens)
+        refusal = self.scheduler.add(request)
+        fits = len(prompt) > 0 and len(prompt) + max_tokens <= 48
+        assert (refusal is None) == fits
+        if refusal is None:
+            self.asked[request.request_id] = request
+
+    @rule(steps=st.integers(1, 6))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.one_step()
+
+    def one_step(self) -> None:
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= 7
+        ids = [row.request_id for row in plan.rows]
+        assert len(ids) == len(set(ids)) <= 3
+        assert not set(ids) & set(self.ended)
+        for row in plan.rows:
+            assert row.length >= 1
+            assert row.end <= len(row.block_ids) * 4
+        self.take(self.scheduler.commit(plan, self.runner.run(plan)))
+        self.scheduler.check_integrity()
+
+    def take(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            assert delta.request_id not in self.ended
+            self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            if delta.finish_reason:
+                self.ended[delta.request_id] = delta.finish_reason
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.take(self.scheduler.abort(data.draw(st.sampled_from(sorted(self.asked)))))
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def fault(self, data: st.DataObject) -> None:
+        plan = self.scheduler.schedule()
+        if not plan.rows:
+            return
+        victim = data.draw(st.sampled_from([row.request_id for row in plan.rows]))
+        result = self.runner.run(plan)
+        tokens = {key: value for key, value in result.tokens.items() if key != victim}
+        self.take(self.scheduler.commit(plan, StepResult(tokens, {victim: "poisoned"})))
+        assert self.ended[victim] == "error"
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def abort_within_a_step(self, data: st.DataObject) -> None:
+        plan = self.scheduler.schedule()
+        self.take(self.scheduler.abort(data.draw(st.sampled_from(sorted(self.asked)))))
+        self.take(self.scheduler.commit(plan, self.runner.run(plan)))
+
+    @invariant()
+    def sound(self) -> None:
+        self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        for _ in range(4000):
+            if not self.scheduler.has_work:
+                break
+            self.one_step()
+        assert set(self.ended) == set(self.asked)
+        assert self.scheduler.pool.num_referenced == 0
+        for name, reason in self.ended.items():
+            request = self.asked[name]
+            full = expected(list(request.prompt_token_ids), request.params.max_tokens)
+            got = self.tokens[name]
+            assert got == full[: len(got)]
+            assert reason != "length" or got == full
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_running_requests_keep_their_token_while_a_long_prompt_comes_in() -> None:
+    scheduler = make(blocks=64, budget=8)
+    scheduler.add(ask("short", [1, 2, 3], max_tokens=40))
+    step(scheduler)
+    scheduler.add(ask("long", list(range(80)), max_tokens=2))
+    for _ in range(10):
+        plan, deltas = step(scheduler)
+        assert plan.rows[0].request_id == "short"
+        assert [d.request_id for d in deltas][:1] == ["short"]
+        assert plan.rows[1].length == 7
+
+
+def test_two_long_prompts_share_the_budget() -> None:
+    scheduler = make(blocks=64, budget=8)
+    scheduler.add(ask("a", list(range(50))))
+    scheduler.add(ask("b", list(range(50, 90))))
+    plan, _ = step(scheduler)
+    assert [(row.request_id, row.length) for row in plan.rows] == [("a", 4), ("b", 4)]
+
+
+def test_one_long_prompt_alone_takes_the_whole_budget() -> None:
+    scheduler = make(blocks=64, budget=8)
+    scheduler.add(ask("a", list(range(50))))
+    plan, _ = step(scheduler)
+    assert [row.length for row in plan.rows] == [8]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "code", "limit"),
+    [
+        ([], 4, "empty_prompt", "at least one"),
+        ([VOCAB], 4, "invalid_token_id", "97"),
+        ([-1], 4, "invalid_token_id", "-1"),
+        (list(range(60)), 5, "context_length_exceeded", "KV cache of 64"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_the_door(
+    prompt: list[int], max_tokens: int, code: str, limit: str
+) -> None:
+    refusal = make(blocks=16).add(ask("a", prompt, max_tokens))
+    assert refusal is not None
+    assert (refusal.status, refusal.code) == (400, code)
+    assert limit in refusal.message
+
+
+def test_the_model_length_is_named_when_it_is_the_limit() -> None:
+    refusal = make(blocks=16, length=20).add(ask("a", [1] * 18, 3))
+    assert refusal is not None
+    assert "model length of 20" in refusal.message
+    assert make(blocks=16, length=20).add(ask("a", [1] * 17, 3)) is None
+
+
+def test_the_same_id_twice_is_refused() -> None:
+    scheduler = make()
+    scheduler.add(ask("a", [1]))
+    refusal = scheduler.add(ask("a", [1]))
+    assert refusal is not None
+    assert refusal.code == "duplicate_request_id"
+
+
+def test_a_request_as_large_as_the_pool_runs_to_its_end() -> None:
+    scheduler = make(blocks=8, budget=5)
+    scheduler.add(ask("a", list(range(20)), max_tokens=12))
+    assert finish(scheduler)["a"] == expected(list(range(20)), 12)
+
+
+def test_preemption_takes_the_youngest_and_changes_no_token() -> None:
+    scheduler = make(blocks=12, budget=64, concurrent=3)
+    prompts = {name: [index * 7 + 1] * 4 for index, name in enumerate("abc")}
+    for name, prompt in prompts.items():
+        scheduler.add(ask(name, prompt, max_tokens=28))
+    tokens = finish(scheduler)
+    assert scheduler.gauges().counts["preemptions"] > 0
+    assert tokens == {name: expected(prompt, 28) for name, prompt in prompts.items()}
+
+
+def test_nobody_is_admitted_in_a_step_that_preempted() -> None:
+    scheduler = make(blocks=12, budget=64, concurrent=4)
+    for name in "abc":
+        scheduler.add(ask(name, [ord(name)] * 4, max_tokens=28))
+    seen = 0
+    for index in range(60):
+        before = scheduler.gauges().counts["preemptions"]
+        running = {s.request_id for s in scheduler._running}
+        scheduler.add(ask(f"small{index}", [1], max_tokens=1))
+        plan, _ = step(scheduler)
+        if scheduler.gauges().counts["preemptions"] > before:
+            seen += 1
+            assert {row.request_id for row in plan.rows} < running
+    assert seen > 0
+
+
+def test_a_prefix_is_hit_and_the_last_block_is_computed_again() -> None:
+    scheduler = make(budget=64)
+    prompt = list(range(16))
+    scheduler.add(ask("first", prompt, max_tokens=1))
+    finish(scheduler)
+    scheduler.add(ask("second", prompt, max_tokens=1))
+    plan, deltas = step(scheduler)
+    assert (plan.rows[0].start, plan.rows[0].length) == (12, 4)
+    assert deltas[0].num_cached_tokens == 12
+    assert scheduler.gauges().counts["prompt_tokens_cached"] == 12
+    assert scheduler.gauges().counts["prompt_tokens_computed"] == 20
+
+
+def test_another_salt_hits_nothing() -> None:
+    scheduler = make(budget=64)
+    prompt, params = list(range(16)), SamplingParams(max_tokens=1)
+    for salt in ("a", "b"):
+        scheduler.add(Request(salt, prompt, params, 0.0, cache_salt=salt))
+        finish(scheduler)
+    assert scheduler.gauges().counts["prompt_tokens_cached"] == 0
+
+
+def test_a_large_request_lets_small_ones_pass_but_not_for_ever() -> None:
+    scheduler = make(blocks=16, budget=64, concurrent=4)
+    scheduler.add(ask("holder", list(range(20)), max_tokens=12))
+    step(scheduler)
+    scheduler.add(ask("large", list(range(40, 90)), max_tokens=4))
+    scheduler.add(ask("small", [1, 2], max_tokens=1))
+    _, deltas = step(scheduler)
+    assert "small" in [delta.request_id for delta in deltas]
+    large = scheduler._by_id["large"]
+    assert large.num_overtaken == 1
+    large.num_overtaken = MAX_OVERTAKEN
+    scheduler.add(ask("late", [1, 2], max_tokens=1))
+    _, deltas = step(scheduler)
+    assert "late" not in [delta.request_id for delta in deltas]
+    assert set(finish(scheduler)) >= {"large", "late"}
+
+
+def test_the_oldest_request_is_never_preempted() -> None:
+    generator = random.Random(5)
+    scheduler = make(blocks=20, budget=16, concurrent=6)
+    for index in range(40):
+        prompt = [generator.randrange(VOCAB) for _ in range(generator.randrange(1, 30))]
+        scheduler.add(ask(f"{index:02}", prompt, max_tokens=generator.randrange(1, 40)))
+    while scheduler.has_work:
+        oldest = min(scheduler._by_id)
+        held = scheduler._by_id[oldest].block_ids
+        step(scheduler)
+        if held and oldest in scheduler._by_id:
+            assert scheduler._by_id[oldest].block_ids[: len(held)] == held
+    assert scheduler.gauges().counts["completions"] == 40
+
+
+def test_end_tokens_stop_and_min_tokens_bans_them() -> None:
+    first, second, third = expected([5], 3)
+    assert finish_with(eos=(second,))["a"] == [first, second]
+    assert finish_with(eos=(second,), ignore_eos=True)["a"] == [first, second, third]
+    assert finish_with(stop_token_ids=(second,), ignore_eos=True)["a"] == [first, second]
+    banned = finish_with(eos=(first,), min_tokens=2, max_tokens=2)["a"]
+    assert len(banned) == 2
+    assert first not in banned
+
+
+def finish_with(
+    eos: tuple[int, ...] = (), max_tokens: int = 3, **kwargs: object
+) -> dict[str, list[int]]:
+    scheduler = make(eos=eos)
+    scheduler.add(ask("a", [5], max_tokens=max_tokens, **kwargs))
+    return finish(scheduler)
+
+
+def test_a_missing_or_impossible_token_ends_only_its_request() -> None:
+    scheduler = make()
+    for name in "abc":
+        scheduler.add(ask(name, [1, 2]))
+    plan = scheduler.schedule()
+    deltas = scheduler.commit(plan, StepResult({"a": 5, "b": VOCAB}))
+    assert [(d.request_id, d.finish_reason) for d in deltas] == [
+        ("a", None),
+        ("b", "error"),
+        ("c", "error"),
+    ]
+    scheduler.check_integrity()
+
+
+def test_the_same_work_gives_the_same_plans() -> None:
+    def plans() -> list[StepPlan]:
+        scheduler = make(blocks=20, budget=9, concurrent=3)
+        for index in range(9):
+            scheduler.add(ask(str(index), list(range(index, index * 4 + 1)), max_tokens=20))
+        seen = []
+        while scheduler.has_work:
+            seen.append(step(scheduler)[0])
+        return seen
+
+    assert plans() == plans()
+
+
+def test_ending_all_tells_everybody_and_frees_everything() -> None:
+    scheduler = make(concurrent=1)
+    for name in "ab":
+        scheduler.add(ask(name, [1, 2]))
+    step(scheduler)
+    deltas = scheduler.end_all("error", "the device is gone")
+    assert [(d.request_id, d.finish_reason, d.error) for d in deltas] == [
+        ("a", "error", "the device is gone"),
+        ("b", "error", "the device is gone"),
+    ]
+    assert scheduler.pool.num_referenced == 0
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_a_limit_below_one_is_refused(position: int) -> None:
+    limits: list[int] = [1, 1, 1]
+    limits[position] = 0
+    build: Callable[[], Scheduler] = lambda: Scheduler(BlockPool(1, 1), *limits, vocab_size=9)  # noqa: E731
+    with pytest.raises(ConfigError, match="at least 1"):
+        build()
