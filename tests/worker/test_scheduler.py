@@ -234,7 +234,7 @@ def test_preemption_takes_the_youngest_and_changes_no_token() -> None:
 def test_nobody_is_admitted_in_a_step_that_preempted() -> None:
     scheduler = make(blocks=12, budget=64, concurrent=4)
     for name in "abc":
-        scheduler.add(ask(name, [ord(name)] * 4, max_tokens=28))
+        assert scheduler.add(ask(name, [ord(name) % 7] * 4, max_tokens=28)) is None
     seen = 0
     for index in range(60):
         before = scheduler.gauges().counts["preemptions"]
