@@ -1,7 +1,7 @@
 """InferenceDeployment v1alpha1: the spec as frozen types, and parse() from a Kubernetes object.
 
-Every rule stands twice, once as CEL for the API server (`x-kubernetes-validations`) and once as a
-validator for `tilefleet plan`; tests/operator/test_crd.py keeps the two and all defaults equal.
+Every rule stands twice: here as a validator for `tilefleet plan`, and in crd.py as CEL for the API
+server; tests/operator/test_crd.py keeps the two and all defaults equal.
 Only fields that work are here. Does not know pods, nodes or how anything is rendered.
 """
 
@@ -35,15 +35,6 @@ NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 URI_PATTERN = r"^(hf|pvc|file)://[^\s]+$"
 URI_SCHEMES = ("hf://", "pvc://", "file://")
 
-_DURATION = re.compile(r"(\d+)(ms|s|m|h)")
-_DURATION_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_QUANTITY = re.compile(r"^([0-9]+(?:\.[0-9]+)?)([numkKMGTPE]i?|)$")
-_QUANTITY_FACTORS = {
-    "": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
-    "P": 1e15, "E": 1e18, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
-    "Pi": 2.0**50, "Ei": 2.0**60,
-}  # fmt: skip
-
 Duration = Annotated[str, Field(pattern=r"^(\d+(ms|s|m|h))+$", max_length=32)]
 Fraction = Annotated[str, Field(pattern=r"^\d+(\.\d+)?$", max_length=16)]
 Quantity = Annotated[
@@ -53,29 +44,6 @@ OptionalQuantity = Annotated[
     str, Field(pattern=r"^([0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?)?$", max_length=32)
 ]
 Product = Literal["MI210", "MI250X", "MI300A", "MI300X", "MI308X", "MI325X", "MI350X", "MI355X"]
-
-
-def seconds(duration: str) -> float:
-    """Seconds of a duration such as "1m30s" or "250ms". Raises ValueError on anything else."""
-    parts = _DURATION.findall(duration)
-    if not parts or "".join(number + unit for number, unit in parts) != duration:
-        raise ValueError(f"{duration!r} is not a duration; write for example 300s, 1m30s or 250ms")
-    return sum(int(number) * _DURATION_SECONDS[unit] for number, unit in parts)
-
-
-def quantity(text: str) -> float:
-    """Value of a Kubernetes quantity in its base unit (bytes, cores, devices).
-
-    Raises ValueError on anything else.
-    """
-    match = _QUANTITY.match(str(text))
-    if match is None or match.group(2) not in _QUANTITY_FACTORS:
-        raise ValueError(f"{text!r} is not a quantity; write for example 2, 500m or 16Gi")
-    return float(match.group(1)) * _QUANTITY_FACTORS[match.group(2)]
-
-
-def _cel(rule: str, message: str, expression: str) -> dict[str, str]:
-    return {"rule": rule, "message": message, "messageExpression": expression}
 
 
 class _Model(BaseModel):
@@ -97,21 +65,6 @@ class SecretRef(_Model):
 
 class ModelSpec(_Model):
     """Which checkpoint is served, and under which name."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                _cel(
-                    "["
-                    + ", ".join(f"'{scheme}'" for scheme in URI_SCHEMES)
-                    + "].all(s, self.uri.startsWith(s) == oldSelf.uri.startsWith(s))",
-                    "uri: the scheme is immutable; create a new InferenceDeployment instead",
-                    "'uri: ' + self.uri + ' changes the scheme of ' + oldSelf.uri"
-                    " + '; the scheme is immutable, create a new InferenceDeployment instead'",
-                )
-            ]
-        }
-    )
 
     uri: Annotated[str, Field(pattern=URI_PATTERN, max_length=1024)] = Field(
         description="Checkpoint: hf://org/name[@revision], pvc://claim/path or file:///path."
@@ -185,26 +138,6 @@ class Toleration(_Model):
 class AcceleratorSpec(_Model):
     """The devices of one replica, and the nodes that may carry it."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                _cel(
-                    "self.vendor != 'cpu' || self.count == 0",
-                    "count: must be 0 when vendor is cpu",
-                    "'count: ' + string(self.count) + ' needs devices, but vendor is cpu;"
-                    " remove count or set vendor to amd'",
-                ),
-                _cel(
-                    "self.vendor != 'cpu' || (self.products.size() == 0"
-                    " && self.deviceIDs.size() == 0)",
-                    "products, deviceIDs: must be empty when vendor is cpu",
-                    "'products: ' + self.products.join(',') + self.deviceIDs.join(',')"
-                    " + ' names GPUs, but vendor is cpu; remove them or set vendor to amd'",
-                ),
-            ]
-        }
-    )
-
     vendor: Literal["amd", "cpu"] = Field(default="amd", description="Kind of device.")
     products: Annotated[list[Product], Field(max_length=16)] = Field(
         default_factory=list, description="AMD products that may be used; empty: any."
@@ -272,25 +205,6 @@ class ScaleDown(_Model):
 class Autoscaling(_Model):
     """How many replicas: as written, or as measured load needs."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                _cel(
-                    "self.minReplicas <= self.maxReplicas",
-                    "minReplicas: must not exceed maxReplicas",
-                    "'minReplicas: ' + string(self.minReplicas) + ' exceeds maxReplicas '"
-                    " + string(self.maxReplicas) + '; lower minReplicas or raise maxReplicas'",
-                ),
-                _cel(
-                    "double(self.targetUtilization) > 0.0 && double(self.targetUtilization) <= 1.0",
-                    "targetUtilization: must be above 0 and at most 1",
-                    "'targetUtilization: ' + self.targetUtilization"
-                    " + ' is not above 0 and at most 1'",
-                ),
-            ]
-        }
-    )
-
     mode: Literal["Manual", "Auto"] = Field(
         default="Auto",
         description="Manual: spec.replicas. Auto: measured load, between min and max;"
@@ -332,20 +246,6 @@ class Drain(_Model):
 
 class Rollout(_Model):
     """How a new revision replaces the old one."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                _cel(
-                    "self.maxSurge + self.maxUnavailable >= 1",
-                    "maxSurge, maxUnavailable: one of them must be above 0",
-                    "'maxSurge: ' + string(self.maxSurge) + ' and maxUnavailable '"
-                    " + string(self.maxUnavailable)"
-                    " + ' leave no room for a rollout; raise one of them'",
-                )
-            ]
-        }
-    )
 
     max_surge: Annotated[int, Field(ge=0, le=MAX_REPLICAS)] = Field(
         default=1, description="Replicas above the wanted number during a rollout."

@@ -1,12 +1,39 @@
 """One builder per child object: what ought to exist for an InferenceDeployment.
 
 Every builder returns a fresh dictionary for server-side apply; nothing is shared between children.
-Does not know what exists.
+Does not know what exists, nor how many replicas are wanted.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from dataclasses import dataclass
+from typing import Any
+
+from tilefleet_operator.api import API_VERSION, KIND, InferenceDeployment
+from tilefleet_operator.hardware import GPU_RESOURCE, GPU_TAINT, node_selector_terms
+from tilefleet_operator.observed import (
+    ACTIVE,
+    LABEL_DEPLOYMENT,
+    LABEL_REVISION,
+    LABEL_ROLE,
+    LABEL_STATE,
+    ROLE_WORKER,
+)
+from tilefleet_operator.units import quantity, seconds
+
+API_PORT, ADMIN_PORT = 8000, 8001
+MODELS_PATH, CACHE_PATH = "/models", "/var/lib/tilefleet"
+USER_ID = 65532
+# Endpoints learn late that a pod leaves, so a draining worker goes on accepting for this long.
+REMOVAL_DELAY_SECONDS = 2
+# ROCm needs at least 15 s to free device memory; the rest is for the process itself.
+TEARDOWN_SECONDS = 20
+# Loading a large checkpoint from a cold network store may take this long.
+STARTUP_SECONDS = 3600
+SHM_SIZE = "16Gi"
 
 
 @dataclass(frozen=True)
@@ -22,3 +49,253 @@ class Defaults:
     worker_cpu_image: str = ""
     hf_endpoint: str | None = None
     image_pull_policy: str = ""
+
+
+def selector(deployment: InferenceDeployment) -> str:
+    """Label selector of the replicas that serve, as the scale subresource shows it."""
+    return ",".join(f"{key}={value}" for key, value in sorted(_serving(deployment).items()))
+
+
+def revision(deployment: InferenceDeployment, defaults: Defaults) -> str:
+    """Eight hex digits over everything in a pod that the spec or the operator's flags decide."""
+    template = pod(deployment, 0, "", defaults)
+    text = json.dumps([template["metadata"]["labels"], template["spec"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def pod_name(deployment: InferenceDeployment, slot: int, revision: str) -> str:
+    """Name of the replica in a slot of a revision; at most 63 characters."""
+    return f"{deployment.name}-{revision}-{slot}"
+
+
+def pod(
+    deployment: InferenceDeployment, slot: int, revision: str, defaults: Defaults
+) -> dict[str, Any]:
+    """One replica. Restricted Pod Security on vendor cpu; on amd the exceptions ROCm needs."""
+    spec = deployment.spec
+    amd = spec.accelerator.vendor == "amd"
+    seccomp = "Unconfined" if amd else "RuntimeDefault"
+    body: dict[str, Any] = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "restartPolicy": "Always",
+        "terminationGracePeriodSeconds": _grace_seconds(deployment),
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+            "seccompProfile": {"type": seccomp},
+        },
+        "containers": [_container(deployment, defaults)],
+        "volumes": _volumes(deployment),
+    }
+    if amd:
+        # ROCm shares memory between processes over IPC, see the device plugin's pod examples.
+        body["hostIPC"] = True
+    if spec.accelerator.node_selector:
+        body["nodeSelector"] = dict(spec.accelerator.node_selector)
+    tolerations = _tolerations(deployment)
+    if tolerations:
+        body["tolerations"] = tolerations
+    terms = node_selector_terms(spec.accelerator) if amd else []
+    if terms:
+        required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+        body["affinity"] = {"nodeAffinity": required}
+    labels = _serving(deployment) | {
+        LABEL_REVISION: revision,
+        "app.kubernetes.io/name": "tilefleet-worker",
+        "app.kubernetes.io/instance": deployment.name,
+        "app.kubernetes.io/managed-by": "tilefleet",
+    }
+    # A node autoscaler must not move a replica: only the operator drains before it deletes.
+    annotations = {
+        "karpenter.sh/do-not-disrupt": "true",
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    }
+    metadata = _metadata(deployment, pod_name(deployment, slot, revision), labels, annotations)
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": body}
+
+
+def service(deployment: InferenceDeployment) -> dict[str, Any]:
+    """The Service that clients use; draining replicas leave it at once by their label."""
+    labels = {
+        LABEL_DEPLOYMENT: deployment.name,
+        "app.kubernetes.io/name": "tilefleet-worker",
+        "app.kubernetes.io/instance": deployment.name,
+        "app.kubernetes.io/managed-by": "tilefleet",
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(deployment, deployment.name, labels, {}),
+        "spec": {
+            "type": "ClusterIP",
+            "selector": _serving(deployment),
+            "ports": [{"name": "http", "port": API_PORT, "targetPort": "http", "protocol": "TCP"}],
+        },
+    }
+
+
+def worker_args(deployment: InferenceDeployment, defaults: Defaults) -> list[str]:
+    """The worker's arguments; tests/contract proves that the worker parses them."""
+    spec, engine = deployment.spec, deployment.spec.engine
+    cpu = spec.accelerator.vendor == "cpu"
+    args = ["serve", "--model", _model_argument(spec.model.uri)]
+    args += ["--served-model-name", deployment.served_name]
+    args += ["--max-model-len", str(spec.model.max_model_len)]
+    args += ["--backend", "cpu" if cpu else "auto"]
+    if engine.kv_cache.memory:
+        args += ["--kv-cache-memory", engine.kv_cache.memory]
+    args += ["--block-size", str(engine.kv_cache.block_size)]
+    if not engine.kv_cache.prefix_caching:
+        args.append("--no-prefix-caching")
+    args += ["--max-batch-tokens", str(engine.max_batch_tokens)]
+    args += ["--max-concurrent", str(engine.max_concurrent)]
+    args += ["--cache-dir", CACHE_PATH]
+    if defaults.hf_endpoint and spec.model.uri.startswith("hf://"):
+        args += ["--hf-endpoint", defaults.hf_endpoint]
+    args += ["--drain-timeout", spec.rollout.drain.timeout]
+    args += ["--removal-delay", f"{REMOVAL_DELAY_SECONDS}s"]
+    if cpu:
+        args += ["--threads", str(max(1, math.ceil(quantity(engine.resources.cpu))))]
+    return args + list(engine.args)
+
+
+def _model_argument(uri: str) -> str:
+    if not uri.startswith("pvc://"):
+        return uri
+    return f"file://{MODELS_PATH}/{uri.removeprefix('pvc://').partition('/')[2]}".rstrip("/")
+
+
+def _container(deployment: InferenceDeployment, defaults: Defaults) -> dict[str, Any]:
+    spec = deployment.spec
+    cpu = spec.accelerator.vendor == "cpu"
+    image = spec.engine.image or (defaults.worker_cpu_image if cpu else defaults.worker_image)
+    container: dict[str, Any] = {
+        "name": "worker",
+        "image": image,
+        "args": worker_args(deployment, defaults),
+        "env": _environment(deployment),
+        "ports": [
+            {"name": "http", "containerPort": API_PORT, "protocol": "TCP"},
+            {"name": "admin", "containerPort": ADMIN_PORT, "protocol": "TCP"},
+        ],
+        "resources": _resources(deployment),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        # One second, because a cached small model is ready in two; 3600 tries for a large one.
+        "startupProbe": _probe("/startupz", period=1, failures=STARTUP_SECONDS),
+        "readinessProbe": _probe("/readyz", period=1, failures=2),
+        # The worker itself decides when it is stuck; the kubelet adds a generous minute.
+        "livenessProbe": _probe("/livez", period=10, failures=6),
+        "volumeMounts": _mounts(deployment),
+    }
+    if defaults.image_pull_policy:
+        container["imagePullPolicy"] = defaults.image_pull_policy
+    return container
+
+
+def _environment(deployment: InferenceDeployment) -> list[dict[str, Any]]:
+    # The read-only root needs a writable home for libraries that cache beside the user.
+    variables: list[dict[str, Any]] = [{"name": "HOME", "value": "/tmp"}]
+    secret = deployment.spec.model.secret_ref
+    if secret.name:
+        reference = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
+        variables.append({"name": "HF_TOKEN", "valueFrom": reference})
+    return variables
+
+
+def _resources(deployment: InferenceDeployment) -> dict[str, Any]:
+    resources, accelerator = deployment.spec.engine.resources, deployment.spec.accelerator
+    requests = {"cpu": resources.cpu, "memory": resources.memory}
+    # No CPU limit: throttling would stretch steps; the number of threads is the bound.
+    limits = {"memory": resources.memory}
+    if accelerator.devices:
+        requests[GPU_RESOURCE] = limits[GPU_RESOURCE] = str(accelerator.devices)
+    return {"requests": requests, "limits": limits}
+
+
+def _probe(path: str, *, period: int, failures: int) -> dict[str, Any]:
+    return {
+        "httpGet": {"path": path, "port": "admin"},
+        "periodSeconds": period,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
+    }
+
+
+def _volumes(deployment: InferenceDeployment) -> list[dict[str, Any]]:
+    volumes: list[dict[str, Any]] = [
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "cache", "emptyDir": {}},
+    ]
+    uri = deployment.spec.model.uri
+    if uri.startswith("pvc://"):
+        claim = {"claimName": uri.removeprefix("pvc://").partition("/")[0], "readOnly": True}
+        volumes.append({"name": "models", "persistentVolumeClaim": claim})
+    if deployment.spec.accelerator.vendor == "amd":
+        # The default 64 MiB is too small for RCCL.
+        memory = {"medium": "Memory", "sizeLimit": SHM_SIZE}
+        volumes.append({"name": "shm", "emptyDir": memory})
+    return volumes
+
+
+def _mounts(deployment: InferenceDeployment) -> list[dict[str, Any]]:
+    mounts: list[dict[str, Any]] = [
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "cache", "mountPath": CACHE_PATH},
+    ]
+    if deployment.spec.model.uri.startswith("pvc://"):
+        mounts.append({"name": "models", "mountPath": MODELS_PATH, "readOnly": True})
+    if deployment.spec.accelerator.vendor == "amd":
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+    return mounts
+
+
+def _tolerations(deployment: InferenceDeployment) -> list[dict[str, Any]]:
+    accelerator = deployment.spec.accelerator
+    amd = [{"key": GPU_TAINT, "operator": "Exists"}] if accelerator.vendor == "amd" else []
+    given = [
+        {k: v for k, v in toleration.model_dump(by_alias=True).items() if v}
+        for toleration in accelerator.tolerations
+    ]
+    return amd + [toleration for toleration in given if toleration not in amd]
+
+
+def _grace_seconds(deployment: InferenceDeployment) -> int:
+    drain = math.ceil(seconds(deployment.spec.rollout.drain.timeout))
+    return drain + REMOVAL_DELAY_SECONDS + TEARDOWN_SECONDS
+
+
+def _serving(deployment: InferenceDeployment) -> dict[str, str]:
+    return {
+        LABEL_DEPLOYMENT: deployment.name,
+        LABEL_ROLE: ROLE_WORKER,
+        LABEL_STATE: ACTIVE,
+    }
+
+
+def _metadata(
+    deployment: InferenceDeployment, name: str, labels: dict[str, str], annotations: dict[str, str]
+) -> dict[str, Any]:
+    owner = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "name": deployment.name,
+        "uid": deployment.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+    metadata: dict[str, Any] = {
+        "name": name,
+        "namespace": deployment.namespace,
+        "labels": labels,
+        "ownerReferences": [owner],
+    }
+    if annotations:
+        metadata["annotations"] = annotations
+    return metadata

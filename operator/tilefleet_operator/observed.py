@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
-from tilefleet_operator.api import GROUP, InferenceDeployment, quantity
+from tilefleet_operator.api import GROUP, InferenceDeployment
 from tilefleet_operator.errors import ObservationInvalid
 from tilefleet_operator.hardware import NodeView, Taint
+from tilefleet_operator.units import quantity, timestamp
 
 LABEL_DEPLOYMENT = f"{GROUP}/deployment"
 LABEL_REVISION = f"{GROUP}/revision"
@@ -45,6 +45,7 @@ __all__ = [
     "WorkerStats",
     "device_use",
     "node_view",
+    "owner_uid",
     "pod_view",
     "worker_stats",
 ]
@@ -55,7 +56,7 @@ class PodView:
     """What a decision needs to know of one Pod.
 
     created, deletion_requested, drain_started: seconds since the epoch, None when not so.
-    requests: resource name → quantity, summed over containers.
+    requests: resource name → quantity, summed over containers. owner_uid: UID of the controller.
     """
 
     name: str
@@ -77,6 +78,7 @@ class PodView:
     deletion_requested: float | None = None
     drain_started: float | None = None
     requests: Mapping[str, float] = field(default_factory=dict)
+    owner_uid: str = ""
 
     @property
     def finished(self) -> bool:
@@ -217,20 +219,6 @@ class Snapshot:
     history: History = field(default_factory=History)
 
 
-def timestamp(text: str) -> float:
-    """Seconds since the epoch of an RFC 3339 time in UTC, with or without a fraction."""
-    try:
-        parsed = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError as error:
-        raise ObservationInvalid(f"{text!r} is not an RFC 3339 time") from error
-    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
-
-
-def rfc3339(time: float) -> str:
-    """RFC 3339 text, in UTC and whole seconds, of seconds since the epoch."""
-    return datetime.fromtimestamp(int(time), tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def pod_view(obj: Mapping[str, Any]) -> PodView:
     """View of a Pod object. Raises ObservationInvalid when metadata has no name or uid."""
     metadata, spec, status = (
@@ -269,7 +257,14 @@ def pod_view(obj: Mapping[str, Any]) -> PodView:
         deletion_requested=timestamp(deleted) if deleted else None,
         drain_started=timestamp(drained) if drained else None,
         requests=_requests(spec),
+        owner_uid=owner_uid(metadata),
     )
+
+
+def owner_uid(metadata: Mapping[str, Any]) -> str:
+    """UID of the controller that owns an object; empty without one."""
+    owners = [o for o in metadata.get("ownerReferences") or [] if o.get("controller")]
+    return str(owners[0].get("uid") or "") if owners else ""
 
 
 def _why(status: Mapping[str, Any], conditions: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:

@@ -1,0 +1,305 @@
+"""The CustomResourceDefinition, generated from the API models.
+
+`python -m tilefleet_operator crd` prints it; crds/ holds the same text, kept equal by a test. The
+converter turns pydantic's JSON schema into a structural schema: references inlined, noise dropped,
+a default for every optional field, so that nested defaults apply and CEL never meets a missing
+field. CEL rules mirror the validators of api.py; each message names field, value and rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from tilefleet_operator.api import (
+    CATEGORY,
+    GROUP,
+    KIND,
+    MAX_NAME_LENGTH,
+    NAME_PATTERN,
+    PLURAL,
+    SHORT_NAME,
+    SINGULAR,
+    URI_SCHEMES,
+    VERSION,
+    Spec,
+)
+from tilefleet_operator.errors import OperatorError
+
+_NOISE = {"title", "examples", "discriminator", "deprecated", "prefixItems", "uniqueItems"}
+
+
+def _rule(rule: str, message: str, expression: str) -> dict[str, str]:
+    return {"rule": rule, "message": message, "messageExpression": expression}
+
+
+ROOT_RULES = [
+    _rule(
+        f"self.metadata.name.size() <= {MAX_NAME_LENGTH}",
+        f"metadata.name: must have at most {MAX_NAME_LENGTH} characters",
+        "'metadata.name: ' + self.metadata.name + ' has ' + string(self.metadata.name.size())"
+        f" + ' characters; at most {MAX_NAME_LENGTH}, because pod names add revision and slot'",
+    ),
+    _rule(
+        f"self.metadata.name.matches('{NAME_PATTERN}')",
+        "metadata.name: must start with a letter and hold only a-z, 0-9 and -",
+        "'metadata.name: ' + self.metadata.name"
+        " + ' must start with a letter and hold only a-z, 0-9 and -; it names the Service'",
+    ),
+]
+
+# Path of the object below spec → its rules.
+RULES: Mapping[tuple[str, ...], list[dict[str, str]]] = {
+    ("model",): [
+        _rule(
+            f"[{', '.join(repr(scheme) for scheme in URI_SCHEMES)}].all(s,"
+            " self.uri.startsWith(s) == oldSelf.uri.startsWith(s))",
+            "uri: the scheme is immutable; create a new InferenceDeployment instead",
+            "'uri: ' + self.uri + ' changes the scheme of ' + oldSelf.uri"
+            " + '; the scheme is immutable, create a new InferenceDeployment instead'",
+        )
+    ],
+    ("accelerator",): [
+        _rule(
+            "self.vendor != 'cpu' || self.count == 0",
+            "count: must be 0 when vendor is cpu",
+            "'count: ' + string(self.count) + ' needs devices, but vendor is cpu;"
+            " remove count or set vendor to amd'",
+        ),
+        _rule(
+            "self.vendor != 'cpu' || (self.products.size() == 0 && self.deviceIDs.size() == 0)",
+            "products, deviceIDs: must be empty when vendor is cpu",
+            "'products: ' + (self.products + self.deviceIDs).join(',')"
+            " + ' names GPUs, but vendor is cpu; remove them or set vendor to amd'",
+        ),
+    ],
+    ("autoscaling",): [
+        _rule(
+            "self.minReplicas <= self.maxReplicas",
+            "minReplicas: must not exceed maxReplicas",
+            "'minReplicas: ' + string(self.minReplicas) + ' exceeds maxReplicas '"
+            " + string(self.maxReplicas) + '; lower minReplicas or raise maxReplicas'",
+        ),
+        _rule(
+            "double(self.targetUtilization) > 0.0 && double(self.targetUtilization) <= 1.0",
+            "targetUtilization: must be above 0 and at most 1",
+            "'targetUtilization: ' + self.targetUtilization + ' is not above 0 and at most 1'",
+        ),
+    ],
+    ("rollout",): [
+        _rule(
+            "self.maxSurge + self.maxUnavailable >= 1",
+            "maxSurge, maxUnavailable: one of them must be above 0",
+            "'maxSurge: ' + string(self.maxSurge) + ' and maxUnavailable '"
+            " + string(self.maxUnavailable)"
+            " + ' leave no room for a rollout; raise one of them'",
+        )
+    ],
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes equal parts out in full, because not every reader of CRDs knows YAML aliases."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def crd() -> dict[str, Any]:
+    """The CustomResourceDefinition object. A fresh dictionary each time."""
+    names = {
+        "kind": KIND,
+        "listKind": f"{KIND}List",
+        "plural": PLURAL,
+        "singular": SINGULAR,
+        "shortNames": [SHORT_NAME],
+        "categories": [CATEGORY],
+    }
+    version = {
+        "name": VERSION,
+        "served": True,
+        "storage": True,
+        "additionalPrinterColumns": _columns(),
+        "subresources": {
+            "status": {},
+            "scale": {
+                "specReplicasPath": ".spec.replicas",
+                "statusReplicasPath": ".status.replicas",
+                "labelSelectorPath": ".status.selector",
+            },
+        },
+        "schema": {"openAPIV3Schema": _root()},
+    }
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "spec": {"group": GROUP, "names": names, "scope": "Namespaced", "versions": [version]},
+    }
+
+
+def render() -> str:
+    """The CRD as YAML, as crds/ holds it."""
+    return yaml.dump(crd(), Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
+
+
+def _columns() -> list[dict[str, Any]]:
+    def column(name: str, kind: str, path: str, **more: int) -> dict[str, Any]:
+        return {"name": name, "type": kind, "jsonPath": path, **more}
+
+    return [
+        column("Model", "string", ".spec.model.uri", priority=1),
+        column("Desired", "integer", ".status.desiredReplicas"),
+        column("Ready", "integer", ".status.readyReplicas"),
+        column("Tok/s", "integer", ".status.demand.tokensPerSecond"),
+        column("Util", "string", ".status.utilization"),
+        column("Status", "string", '.status.conditions[?(@.type=="Ready")].reason'),
+        column("Age", "date", ".metadata.creationTimestamp"),
+    ]
+
+
+def _root() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": "A fleet of replicas that serve one language model.",
+        "required": ["spec"],
+        "x-kubernetes-validations": ROOT_RULES,
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            # The bound keeps the estimated cost of the rules on the name inside CEL's budget.
+            "metadata": {
+                "type": "object",
+                "properties": {"name": {"type": "string", "maxLength": 253}},
+            },
+            "spec": spec_schema(),
+            "status": _status_schema(),
+        },
+    }
+
+
+def spec_schema() -> dict[str, Any]:
+    """Structural schema of the spec, with defaults and CEL rules."""
+    raw = Spec.model_json_schema(by_alias=True)
+    schema = structural(raw, raw.get("$defs", {}))
+    for path, rules in RULES.items():
+        node = schema
+        for part in path:
+            node = node["properties"][part]
+        node["x-kubernetes-validations"] = rules
+    return schema
+
+
+def structural(
+    node: Mapping[str, Any], definitions: Mapping[str, Any], parents: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Structural form of one JSON schema node.
+
+    Raises OperatorError on recursion and on unions, which Kubernetes cannot express.
+    """
+    if "$ref" in node:
+        name = str(node["$ref"]).rpartition("/")[2]
+        if name in parents:
+            raise OperatorError(f"{name} contains itself; a structural schema cannot recurse")
+        inlined = structural(definitions[name], definitions, (*parents, name))
+        return {**inlined, **{k: v for k, v in node.items() if k != "$ref"}}
+    if "anyOf" in node or "oneOf" in node or "allOf" in node:
+        raise OperatorError(f"{node} is a union; use optional fields and a CEL rule")
+    result = {k: v for k, v in node.items() if k not in _NOISE | {"$defs", "additionalProperties"}}
+    if "properties" in node:
+        required = set(node.get("required", ()))
+        result["properties"] = {
+            name: _with_default(
+                structural(child, definitions, parents), optional=name not in required
+            )
+            for name, child in node["properties"].items()
+        }
+    elif isinstance(node.get("additionalProperties"), Mapping):
+        result["additionalProperties"] = structural(
+            node["additionalProperties"], definitions, parents
+        )
+    if "items" in node:
+        result["items"] = structural(node["items"], definitions, parents)
+    return result
+
+
+def _with_default(schema: dict[str, Any], *, optional: bool) -> dict[str, Any]:
+    """The schema with the default that a pydantic factory hides from its JSON schema."""
+    empty: dict[str, Any] = {"object": {}, "array": []}
+    if optional and "default" not in schema and schema["type"] in empty:
+        schema["default"] = empty[schema["type"]]
+    return schema
+
+
+_INTEGER: dict[str, Any] = {"type": "integer"}
+_STRING: dict[str, Any] = {"type": "string"}
+_TIME: dict[str, Any] = {"type": "string", "format": "date-time"}
+
+
+def _object(description: str, **properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "description": description, "properties": properties}
+
+
+def _status_schema() -> dict[str, Any]:
+    """Schema of the status: typed and described, without defaults or rules."""
+    counts = dict.fromkeys(
+        (
+            "replicas",
+            "readyReplicas",
+            "updatedReplicas",
+            "pendingReplicas",
+            "drainingReplicas",
+            "desiredReplicas",
+            "recommendedReplicas",
+        ),
+        _INTEGER,
+    )
+    condition = _object(
+        "One observed fact.",
+        type=_STRING,
+        status={"type": "string", "enum": ["True", "False", "Unknown"]},
+        observedGeneration=_INTEGER,
+        lastTransitionTime=_TIME,
+        reason=_STRING,
+        message=_STRING,
+    )
+    condition["required"] = ["type", "status", "lastTransitionTime", "reason", "message"]
+    decision = _object(
+        "A change of the wanted number of replicas, with everything it was computed from.",
+        time=_TIME,
+        **{"from": _INTEGER, "to": _INTEGER},
+        reason=_STRING,
+        inputs={"type": "object", "additionalProperties": _STRING},
+    )
+    return _object(
+        "What the operator observed and decided.",
+        observedGeneration=_INTEGER,
+        **counts,
+        selector=_STRING,
+        updateRevision=_STRING,
+        utilization=_STRING,
+        accelerator=_object(
+            "Devices that match.",
+            resourceName=_STRING,
+            devicesPerReplica=_INTEGER,
+            matchingNodes=_INTEGER,
+            freeDevices=_INTEGER,
+        ),
+        capacity=_object(
+            "What one replica can do, as learned.",
+            tokensPerSecondPerReplica=_INTEGER,
+            source=_STRING,
+            confidence=_STRING,
+            sampledAt=_TIME,
+        ),
+        demand=_object("What clients ask for.", tokensPerSecond=_INTEGER, queueTokens=_INTEGER),
+        decisions={"type": "array", "maxItems": 10, "items": decision},
+        conditions={
+            "type": "array",
+            "items": condition,
+            "x-kubernetes-list-type": "map",
+            "x-kubernetes-list-map-keys": ["type"],
+        },
+    )
