@@ -1,0 +1,111 @@
+"""The chart on a real API server: helm test, upgrade, rights used, uninstall."""
+
+from collections.abc import Iterator
+
+import pytest
+import yaml
+from fleets import cpu_fleet
+from testbed import NAMESPACE, OPERATOR, RELEASE, Testbed
+
+OPERATOR_ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{OPERATOR}"
+
+
+@pytest.fixture
+def reinstalled(testbed: Testbed) -> Iterator[None]:
+    """Whatever the test did, the next one finds the chart installed."""
+    yield
+    testbed.install()
+
+
+def worker_uids(testbed: Testbed, namespace: str) -> dict[str, str]:
+    pods = testbed.find("pods", namespace)
+    return {p["metadata"]["name"]: p["metadata"]["uid"] for p in pods}
+
+
+def test_helm_test_serves_a_completion(testbed: Testbed) -> None:
+    done = testbed.run("helm", "test", RELEASE, "-n", NAMESPACE, "--timeout", "5m", seconds=320)
+    assert "Phase:          Succeeded" in done.stdout
+    assert testbed.get("pod", f"{RELEASE}-test", NAMESPACE) is None
+
+
+def test_upgrade_replaces_the_operator_and_no_worker(
+    testbed: Testbed, namespace: str, reinstalled: None
+) -> None:
+    testbed.apply(cpu_fleet("kept", namespace))
+    testbed.wait_ready("kept", namespace)
+    workers = worker_uids(testbed, namespace)
+    operators = worker_uids(testbed, NAMESPACE)
+    testbed.install("--set", "podAnnotations.upgraded=yes")
+    testbed.kubectl("-n", NAMESPACE, "rollout", "status", f"deployment/{OPERATOR}")
+    assert not set(worker_uids(testbed, NAMESPACE).values()) & set(operators.values())
+    testbed.wait_ready("kept", namespace)
+    assert worker_uids(testbed, namespace) == workers
+
+
+def test_wrong_value_is_refused_before_anything_changes(testbed: Testbed) -> None:
+    revision = testbed.run("helm", "list", "-n", NAMESPACE, "-o", "json").stdout
+    done = testbed.run(
+        *("helm", "upgrade", RELEASE, "helm/tilefleet", "-n", NAMESPACE, "--set", "replica=3"),
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "replica" in done.stderr
+    assert testbed.run("helm", "list", "-n", NAMESPACE, "-o", "json").stdout == revision
+
+
+def test_uninstall_leaves_fleets_and_their_definition(
+    testbed: Testbed, namespace: str, reinstalled: None
+) -> None:
+    """Nothing else of the release stays; the workers go on serving, a new install adopts them."""
+    testbed.apply(cpu_fleet("orphan", namespace))
+    testbed.wait_ready("orphan", namespace)
+    workers = worker_uids(testbed, namespace)
+    testbed.run("helm", "uninstall", RELEASE, "-n", NAMESPACE, "--wait", seconds=120)
+    kinds = "deployments,pods,services,serviceaccounts,roles,rolebindings,configmaps,secrets"
+    kinds += ",networkpolicies,poddisruptionbudgets,clusterroles,clusterrolebindings"
+    labelled = testbed.kubectl(
+        *("-n", NAMESPACE, "get", kinds, "-o", "name"),
+        *("-l", f"app.kubernetes.io/instance={RELEASE}"),
+    )
+    assert labelled.split() == []
+    assert testbed.get("crd", "inferencedeployments.tilefleet.io") is not None
+    assert testbed.get("infd", "orphan", namespace) is not None
+    assert worker_uids(testbed, namespace) == workers
+    testbed.install()
+    testbed.wait_ready("orphan", namespace)
+    assert worker_uids(testbed, namespace) == workers
+
+
+def test_rights_granted_are_the_rights_used(testbed: Testbed, namespace: str) -> None:
+    """The audit log of the whole session: no request was forbidden; no verb on a write is spare."""
+    testbed.apply(cpu_fleet("rights", namespace))
+    testbed.wait_ready("rights", namespace)
+    testbed.kubectl("-n", namespace, "delete", "infd", "rights")
+    mine = [e for e in testbed.audit_events() if e["user"]["username"] == OPERATOR_ACCOUNT]
+    forbidden = {
+        (e["verb"], e["requestURI"]) for e in mine if e["responseStatus"].get("code") == 403
+    }
+    assert forbidden == set()
+    used = {(e["verb"], resource(e)) for e in mine if "objectRef" in e}
+    spare = granted_writes(testbed) - used
+    assert spare == set()
+
+
+def resource(event: dict) -> str:
+    reference = event["objectRef"]
+    sub = reference.get("subresource")
+    return reference["resource"] + (f"/{sub}" if sub else "")
+
+
+def granted_writes(testbed: Testbed) -> set[tuple[str, str]]:
+    """(verb, resource) of every changing verb in the release's roles."""
+    manifest = testbed.run("helm", "get", "manifest", RELEASE, "-n", NAMESPACE).stdout
+    roles = [o for o in yaml.safe_load_all(manifest) if o and o["kind"] in ("Role", "ClusterRole")]
+    return {
+        (verb, name)
+        for role in roles
+        for rule in role["rules"]
+        for name in rule["resources"]
+        for verb in rule["verbs"]
+        if verb not in ("get", "list", "watch")
+    }
