@@ -1,0 +1,7 @@
+"""Entry point of `python3 hack/cluster`."""
+
+import sys
+
+from kit.cli import main
+
+sys.exit(main())
