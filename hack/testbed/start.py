@@ -138,7 +138,7 @@ def chart_values(references: dict[str, str]) -> tuple[str, ...]:
 
 
 def require_free(bed: Testbed) -> None:
-    """Raises TestbedError on a cluster of the user's that holds tilefleet: it is not ours to end."""
+    """Raises TestbedError on a cluster of the user's that holds tilefleet: that is not ours."""
     if not bed.is_local and bed.get("crd", DEFINITION) is not None:
         raise TestbedError(
             f"the cluster of {bed.environment['KUBECONFIG']} already has {DEFINITION}: this would "

@@ -59,9 +59,7 @@ def test_other_operator_takes_over_and_creates_no_pod_twice(
     until("another operator holds the Lease", taken, TAKEOVER_SECONDS, every=0.1)
     takeover_seconds = time.monotonic() - killed
     until("all replicas run", lambda: all_running(testbed, namespace), 60)
-    print(
-        f"killed after {created_before} of {REPLICAS} creates, takeover {takeover_seconds:.1f} s"
-    )
+    print(f"killed after {created_before} of {REPLICAS} creates, takeover {takeover_seconds:.1f} s")
     assert takeover_seconds < TAKEOVER_SECONDS
     made = collections.Counter(creates(testbed, position))
     assert set(made.values()) == {1}, made

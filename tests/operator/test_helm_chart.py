@@ -185,12 +185,13 @@ def test_probes_point_at_different_questions() -> None:
 def test_granted_verbs_are_exactly_these() -> None:
     read = {"get", "list", "watch"}
     assert granted() == {
-        "nodes": read,
+        "nodes": {"list", "watch"},
         "inferencedeployments": read,
         "inferencedeployments/status": {"patch"},
-        "pods": read | {"create", "patch", "delete"},
-        "services": read | {"create", "patch", "delete"},
-        "events": {"create", "patch"},
+        "inferencedeployments/finalizers": {"update"},
+        "pods": {"list", "watch", "create", "patch", "delete"},
+        "services": read | {"create", "patch"},
+        "events": {"create"},
         "leases": {"create", "get", "update"},
     }
 

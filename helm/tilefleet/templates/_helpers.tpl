@@ -68,15 +68,21 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [tilefleet.io]
   resources: [inferencedeployments/status]
   verbs: [patch]
+# Not a request of its own: where OwnerReferencesPermissionEnforcement is on, as on OpenShift, the
+# API server asks for it when a child names its owner with blockOwnerDeletion.
+- apiGroups: [tilefleet.io]
+  resources: [inferencedeployments/finalizers]
+  verbs: [update]
+# A server-side apply that creates needs create beside patch.
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [services]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create]
 {{- end -}}
 
 {{/* The test's objects are not the operator's: its selectors must not find them. */}}
