@@ -77,17 +77,19 @@ def find_init(layout: Layout) -> int | None:
     return next((pid for pid, name in _kit_processes(layout) if name != "unshare"), None)
 
 
-def _kit_processes(layout: Layout) -> list[tuple[int, str]]:
+def _kit_processes(layout: Layout | None) -> list[tuple[int, str]]:
     """Ids and names of the cluster's first process and of the unshare that made its namespaces.
 
     Found by their command line, which names the run folder: a recorded id could be reused.
+    Without a layout: those of every cluster of the kit.
     """
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 arguments = (entry / "cmdline").read_text(errors="replace").split("\0")[:-1]
-                if arguments[-2:] == [INIT_COMMAND, str(layout.run)]:
+                ours = arguments[-2:-1] == [INIT_COMMAND]
+                if ours and (layout is None or arguments[-1] == str(layout.run)):
                     found.append((int(entry.name), os.path.basename(arguments[0])))
     return found
 
@@ -182,7 +184,7 @@ def _end(layout: Layout, progress: Progress) -> None:
             kill_and_wait(pid, ticks)
     if namespace and namespace != os.readlink("/proc/self/ns/net"):
         _end_visitors(namespace, progress)
-    traces.remove(layout)
+    traces.remove(layout, alone=not _kit_processes(None))
 
 
 def _end_visitors(namespace: str, progress: Progress) -> None:

@@ -42,21 +42,17 @@ def leave(layout: Layout) -> None:
     cgroups.create(layout.cgroup)
 
 
-def remove(layout: Layout) -> None:
+def remove(layout: Layout, alone: bool) -> None:
     """Undo what `leave` did and remove the run folder; a second call does nothing.
 
-    Raises KitError where the run folder holds something that is not ours.
+    alone: no other cluster of the kit runs. If one does it still needs the folders and the
+    kernel's settings. Raises KitError where the run folder holds something that is not ours.
     """
     if layout.state.exists():
         traces = Traces(**json.loads(layout.state.read_text()))
         cgroups.remove(traces.cgroup)
-        for name, value in traces.kernel_settings.items():
-            file = Path("/proc/sys", name)
-            if file.read_text().strip() != value:
-                file.write_text(value)
-        for path in traces.created_folders:
-            with contextlib.suppress(OSError):  # somebody else uses it by now
-                Path(path).rmdir()
+        if alone:
+            _restore(traces)
     elif layout.run.exists() and any(layout.run.iterdir()):
         raise KitError(
             f"{layout.run} holds no state.json, so it is not a cluster's run folder: "
@@ -64,6 +60,16 @@ def remove(layout: Layout) -> None:
         )
     if layout.run.exists():
         _remove_tree(layout)
+
+
+def _restore(traces: Traces) -> None:
+    for name, value in traces.kernel_settings.items():
+        file = Path("/proc/sys", name)
+        if file.read_text().strip() != value:
+            file.write_text(value)
+    for path in traces.created_folders:
+        with contextlib.suppress(OSError):  # somebody else uses it by now
+            Path(path).rmdir()
 
 
 def _remove_tree(layout: Layout) -> None:
