@@ -1,0 +1,220 @@
+"""The handlers of port 8000: OpenAI's completions, models, and the tokenizer's routes."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from tilefleet_worker.request import Request, SamplingParams
+from tilefleet_worker.server.answers import Answer, AnswerDesk, Job, not_ready
+from tilefleet_worker.server.formats import ChatFormat, Envelope, Format, TextFormat
+from tilefleet_worker.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampling,
+    TokenizeRequest,
+    parse,
+)
+from tilefleet_worker.server.replies import ApiError, draining, invalid_value
+from tilefleet_worker.server.state import Service, WorkerState
+from tilefleet_worker.server.stream import EventStream, whole_reply
+
+# Above this many characters tokenizing takes milliseconds: a thread keeps other streams flowing.
+_THREAD_CHARACTERS = 8192
+_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for text completions
+
+Result = TypeVar("Result")
+
+
+def version() -> str:
+    """Version of the installed package."""
+    try:
+        return importlib.metadata.version("tilefleet")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+class Api:
+    """Handlers over one worker's state."""
+
+    def __init__(self, state: WorkerState, desk: AnswerDesk) -> None:
+        self._state = state
+        self._desk = desk
+
+    async def chat(self, http: HttpRequest) -> Response:
+        """POST /v1/chat/completions."""
+        body = parse(ChatRequest, await http.body())
+        service = self._admit(body.model)
+        template = service.tokenizer.chat_template
+        if template is None:
+            raise invalid_value(
+                "messages", "The model has no chat template: use /v1/completions with a prompt."
+            )
+        messages = [message.for_template() for message in body.messages]
+        size = sum(len(message["content"]) for message in messages)
+
+        def tokens() -> list[int]:
+            return service.tokenizer.encode(template.render(messages), add_special_tokens=False)
+
+        prompt = await _compute(size, tokens)
+        room = _room(service, prompt, "messages")
+        return await self._reply(http, body, ChatFormat(), [prompt], room)
+
+    async def completions(self, http: HttpRequest) -> Response:
+        """POST /v1/completions."""
+        body = parse(CompletionRequest, await http.body())
+        service = self._admit(body.model)
+
+        def tokens() -> list[list[int]]:
+            encode = service.tokenizer.encode
+            return [encode(p) if isinstance(p, str) else p for p in body.prompt]
+
+        prompts = await _compute(sum(map(len, body.prompt)), tokens)
+        room = min(_room(service, prompt, "prompt") for prompt in prompts)
+        default = min(room, max(_DEFAULT_COMPLETION_TOKENS, body.min_tokens))
+        return await self._reply(http, body, TextFormat(), prompts, default)
+
+    async def _reply(
+        self,
+        http: HttpRequest,
+        body: Sampling,
+        words: Format,
+        prompts: Sequence[list[int]],
+        default_max_tokens: int,
+    ) -> Response:
+        """Submit one request a prompt and answer with the stream or the whole."""
+        service = self._admit(body.model)
+        params = _sampling(body, default_max_tokens)
+        name = words.id_prefix + uuid.uuid4().hex
+        salt = getattr(http.state, "key_id", "")
+        now = time.monotonic()
+        answers = [
+            Answer(
+                index,
+                Request(f"{name}-{index}", tuple(prompt), params, now, salt),
+                service.tokenizer.detokenizer(),
+                body.stop,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        job = Job(self._desk, answers)
+        envelope = Envelope(name, int(time.time()), self._state.model_name, words)
+        job.submit()
+        if body.stream:
+            return EventStream(job, envelope, body.stream_options)
+        return JSONResponse(await whole_reply(job, envelope, http.receive))
+
+    async def models(self, http: HttpRequest) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._model(self._service())]})
+
+    async def model(self, http: HttpRequest) -> Response:
+        """GET /v1/models/{id}."""
+        service = self._service()
+        self._check_model(http.path_params["id"])
+        return JSONResponse(self._model(service))
+
+    async def tokenize(self, http: HttpRequest) -> Response:
+        """POST /tokenize."""
+        body = parse(TokenizeRequest, await http.body())
+        service = self._service()
+        self._check_model(body.model)
+
+        def encode() -> list[int]:
+            return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+
+        tokens = await _compute(len(body.prompt), encode)
+        most = service.config.max_model_len
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
+
+    async def detokenize(self, http: HttpRequest) -> Response:
+        """POST /detokenize."""
+        body = parse(DetokenizeRequest, await http.body())
+        tokenizer = self._service().tokenizer
+        self._check_model(body.model)
+        for index, token_id in enumerate(body.tokens):
+            if token_id >= tokenizer.vocab_size:
+                rule = f"the vocabulary has {tokenizer.vocab_size} tokens"
+                raise invalid_value(f"tokens[{index}]", f"Token id {token_id} is unknown: {rule}.")
+
+        def decode() -> str:
+            return tokenizer.decode(body.tokens, skip_special_tokens=False)
+
+        return JSONResponse({"prompt": await _compute(len(body.tokens), decode)})
+
+    async def health(self, http: HttpRequest) -> Response:
+        """GET /health: the same answer as the readiness probe."""
+        reason = self._state.why_not_ready()
+        return Response(status_code=200 if reason is None else 503)
+
+    async def version(self, http: HttpRequest) -> Response:
+        """GET /version."""
+        return JSONResponse({"version": version()})
+
+    def _service(self) -> Service:
+        if self._state.service is None:
+            raise not_ready()
+        return self._state.service
+
+    def _admit(self, model: str) -> Service:
+        """The service for a new generation, or the ApiError that says why there is none now."""
+        if not self._state.accepting:
+            raise draining()
+        service = self._service()
+        self._check_model(model)
+        return service
+
+    def _check_model(self, model: str | None) -> None:
+        if model is not None and model != self._state.model_name:
+            message = f"Model {model!r} is not served here: use {self._state.model_name!r}."
+            raise ApiError(404, "model_not_found", message, "model")
+
+    def _model(self, service: Service) -> dict[str, Any]:
+        name = self._state.model_name
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "tilefleet",
+            "root": name,
+            "parent": None,
+            "max_model_len": service.config.max_model_len,
+        }
+
+
+async def _compute(size: int, work: Callable[[], Result]) -> Result:
+    """Run tokenizer work here if it is small, else in a thread. size: characters or tokens."""
+    return work() if size < _THREAD_CHARACTERS else await asyncio.to_thread(work)
+
+
+def _room(service: Service, prompt: Sequence[int], param: str) -> int:
+    """Tokens that an answer to this prompt can have. Raises ApiError 400 when there are none."""
+    room = service.max_total_tokens - len(prompt)
+    if room < 1:
+        message = (
+            f"The prompt has {len(prompt)} tokens; prompt and answer together may have "
+            f"{service.max_total_tokens}: shorten the prompt."
+        )
+        raise ApiError(400, "context_length_exceeded", message, param)
+    return room
+
+
+def _sampling(body: Sampling, default_max_tokens: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=default_max_tokens if body.max_tokens is None else body.max_tokens,
+        temperature=body.temperature,
+        top_k=max(0, body.top_k),
+        top_p=body.top_p,
+        seed=body.seed,
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        min_tokens=body.min_tokens,
+    )

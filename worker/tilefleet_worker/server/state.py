@@ -1,0 +1,145 @@
+"""What the worker is doing: start phases, readiness, draining, and the parts once they exist.
+
+Read by both ports, written by start-up and drain. Event loop only, except for `begin_phase`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from tilefleet_worker.config import ServeConfig
+from tilefleet_worker.engine import Engine
+from tilefleet_worker.stats import EngineStats
+from tilefleet_worker.tokenizer import Tokenizer
+
+STATS_VERSION = 1
+COUNTERS = (
+    "arrivals",
+    "prompt_tokens_computed",
+    "prompt_tokens_cached",
+    "generated_tokens",
+    "completions",
+    "aborts",
+    "errors",
+    "steps",
+    "busy_seconds",
+    "preemptions",
+)
+GAUGES = (
+    "running",
+    "waiting",
+    "waiting_prompt_tokens",
+    "oldest_wait_seconds",
+    "kv_blocks_total",
+    "kv_blocks_used",
+    "kv_blocks_cached",
+    "max_concurrent",
+    "max_model_len",
+)
+EMPTY_STATS = EngineStats(dict.fromkeys(COUNTERS, 0), dict.fromkeys(GAUGES, 0), ())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Service:
+    """The parts that exist once the model is loaded and answered its warm-up."""
+
+    config: ServeConfig
+    engine: Engine
+    tokenizer: Tokenizer
+    created: int
+    """Unix time at which the model became servable; /v1/models reports it."""
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens of prompt and answer together: the model's length, or the whole KV pool."""
+        blocks = int(self.engine.stats().gauges["kv_blocks_total"])
+        return min(self.config.max_model_len, blocks * self.config.block_size)
+
+
+class WorkerState:
+    """One per process."""
+
+    def __init__(self, config: ServeConfig, revision: str = "") -> None:
+        """config: as given, before resolve. revision: the operator's name for this pod template."""
+        self.config = config
+        self.model_name = config.model_name()
+        self.revision = revision
+        self.started_seconds = time.monotonic()
+        self.phase = "start"
+        self.phases: dict[str, float] = {}
+        self.service: Service | None = None
+        self.draining = False
+        self.accepting = True
+
+    def begin_phase(self, phase: str) -> None:
+        """Note that a start phase begins. Any thread."""
+        self.phase = phase
+
+    def end_phase(self, phase: str, seconds: float) -> None:
+        """Note how long a start phase took. Any thread."""
+        self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+
+    def become_ready(self, service: Service) -> None:
+        """The model is loaded and has answered: serve it."""
+        self.service = service
+        self.phase = "serving"
+
+    def why_not_ready(self) -> str | None:
+        """Why /readyz fails, or None."""
+        if self.draining:
+            return "draining"
+        if self.service is None:
+            return f"starting: {self.phase}"
+        return self.service.engine.failure
+
+    def why_not_live(self) -> str | None:
+        """Why /livez fails, or None. Loading and load are no reasons."""
+        return None if self.service is None else self.service.engine.stall()
+
+    def engine_stats(self) -> EngineStats:
+        """The engine's numbers; zeros before it exists."""
+        return EMPTY_STATS if self.service is None else self.service.engine.stats()
+
+    def stats(self) -> dict[str, Any]:
+        """The body of /stats. Bounded: at most 64 steps and a fixed set of names."""
+        service = self.service
+        config = self.config if service is None else service.config
+        info = None if service is None else service.engine.info
+        return {
+            "version": STATS_VERSION,
+            "model": self.model_name,
+            "revision": self.revision,
+            "uptime_seconds": time.monotonic() - self.started_seconds,
+            "draining": self.draining,
+            "ready": self.why_not_ready() is None,
+            "phase": self.phase,
+            "block_size": config.block_size,
+            **self.engine_stats().as_dict(),
+            "startup": [{"phase": name, "seconds": s} for name, s in list(self.phases.items())],
+            "device": {} if info is None else dict(info.device),
+            "config": dataclasses.asdict(config) | ({} if info is None else dict(info.config)),
+        }
+
+    def kv(self) -> dict[str, int]:
+        """The body of /kv: bytes of the pool by cause; used, cached and free sum to total."""
+        gauges = self.engine_stats().gauges
+        total, used, cached = (
+            int(gauges[f"kv_blocks_{kind}"]) for kind in ("total", "used", "cached")
+        )
+        block = self._block_bytes(total)
+        return {
+            "block_bytes": block,
+            "total": total * block,
+            "used": used * block,
+            "cached": cached * block,
+            "free": (total - used - cached) * block,
+        }
+
+    def _block_bytes(self, num_blocks: int) -> int:
+        """Bytes of one block: as the engine says, else the pool's memory over its blocks."""
+        if self.service is None or num_blocks == 0:
+            return 0
+        told = self.service.engine.info.config.get("kv_block_bytes")
+        return int(told) if told else self.service.config.kv_cache_memory // num_blocks

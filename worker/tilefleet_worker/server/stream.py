@@ -1,0 +1,151 @@
+"""Replies that take time: server-sent events and whole answers, both ended by a client that leaves.
+
+A stream that fails after its headers gets an error event before `[DONE]`: clients take a body that
+just ends for a complete answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tilefleet_worker.server.answers import Job, Piece
+from tilefleet_worker.server.formats import Envelope, event
+from tilefleet_worker.server.protocol import StreamOptions
+from tilefleet_worker.server.replies import ApiError, error_body, internal_error
+
+LOGGER = logging.getLogger(__name__)
+
+KEEP_ALIVE_SECONDS = 15.0
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # nginx holds back a response that it may buffer; this asks it not to.
+    (b"x-accel-buffering", b"no"),
+]
+
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the reply was complete."""
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled when the client leaves. Raises ClientGone then.
+
+    The request's body must have been read: the next message can then only be a disconnect.
+    """
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientGone
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Streams a submitted job. Owns it: whatever happens, the job is closed."""
+
+    def __init__(
+        self,
+        job: Job,
+        envelope: Envelope,
+        options: StreamOptions,
+        keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
+    ) -> None:
+        """keep_alive_seconds: an idle stream gets a comment line that often, for proxies."""
+        super().__init__()
+        self._job = job
+        self._envelope = envelope
+        self._options = options
+        self._keep_alive_seconds = keep_alive_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send headers and events until the end, an error, or the client's leave."""
+        try:
+            await until_disconnect(receive, self._send(send))
+        except ClientGone:
+            pass
+        finally:
+            self._job.close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        async for data in self._events():
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        try:
+            opened: set[int] = set()
+            async for piece in self._job.pieces(self._keep_alive_seconds):
+                data = KEEP_ALIVE if piece is None else self._piece(piece, opened)
+                if data:
+                    yield data
+        except ApiError as error:
+            yield event(error_body(error)) + DONE
+        except Exception:
+            LOGGER.exception("a stream failed")
+            yield event(error_body(internal_error())) + DONE
+        else:
+            yield self._last()
+
+    def _piece(self, piece: Piece, opened: set[int]) -> bytes:
+        words = self._envelope.format
+        choices = [] if piece.index in opened else words.opening(piece.index)
+        opened.add(piece.index)
+        return b"".join(self._event([choice]) for choice in choices + words.chunks(piece))
+
+    def _event(self, choices: list[dict[str, Any]]) -> bytes:
+        body = self._envelope.chunk(choices)
+        if self._options.continuous_usage_stats:
+            body["usage"] = self._job.usage()
+        elif self._options.include_usage:
+            body["usage"] = None
+        return event(body)
+
+    def _last(self) -> bytes:
+        if not self._options.include_usage:
+            return DONE
+        return event(self._envelope.chunk([]) | {"usage": self._job.usage()}) + DONE
+
+
+async def whole_reply(job: Job, envelope: Envelope, receive: Receive) -> dict[str, Any]:
+    """The complete reply of a submitted job, which it closes.
+
+    Raises ApiError when the job fails and ClientGone when nobody waits for it any more.
+    """
+    try:
+        texts = await until_disconnect(receive, _collect(job))
+    finally:
+        job.close()
+    choices = [
+        envelope.format.whole(answer.index, texts[answer.index], answer.end or "stop")
+        for answer in job.answers
+    ]
+    return envelope.whole(choices, job.usage())
+
+
+async def _collect(job: Job) -> list[str]:
+    parts: list[list[str]] = [[] for _ in job.answers]
+    async for piece in job.pieces(KEEP_ALIVE_SECONDS):
+        if piece is not None:
+            parts[piece.index].append(piece.text)
+    return ["".join(part) for part in parts]
