@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.alias_generators import to_camel
 
 from tilefleet_operator.errors import SpecInvalid
+from tilefleet_operator.units import seconds
 
 GROUP = "tilefleet.io"
 VERSION = "v1alpha1"
@@ -33,6 +34,8 @@ MAX_REPLICAS = 1000
 MAX_DEVICES_PER_POD = 8
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 URI_PATTERN = r"^(hf|pvc|file)://[^\s]+$"
+# The operator remembers eleven minutes of load.
+MAX_WINDOW = "10m"
 URI_SCHEMES = ("hf://", "pvc://", "file://")
 
 Duration = Annotated[str, Field(pattern=r"^(\d+(ms|s|m|h))+$", max_length=32)]
@@ -200,6 +203,12 @@ class ScaleDown(_Model):
         default=25, description="Most shrinking of one step, in percent; at least one replica."
     )
     interval: Duration = Field(default="30s", description="Least time between two steps down.")
+
+    @model_validator(mode="after")
+    def _window_remembered(self) -> ScaleDown:
+        if seconds(self.window) > seconds(MAX_WINDOW):
+            raise ValueError(f"window: {self.window} is longer than {MAX_WINDOW}")
+        return self
 
 
 class Autoscaling(_Model):

@@ -18,6 +18,7 @@ from tilefleet_operator.api import (
     GROUP,
     KIND,
     MAX_NAME_LENGTH,
+    MAX_WINDOW,
     NAME_PATTERN,
     PLURAL,
     SHORT_NAME,
@@ -87,6 +88,13 @@ RULES: Mapping[tuple[str, ...], list[dict[str, str]]] = {
             "targetUtilization: must be above 0 and at most 1",
             "'targetUtilization: ' + self.targetUtilization + ' is not above 0 and at most 1'",
         ),
+    ],
+    ("autoscaling", "scaleDown"): [
+        _rule(
+            f"duration(self.window) <= duration('{MAX_WINDOW}')",
+            f"window: must be at most {MAX_WINDOW}",
+            f"'window: ' + self.window + ' is longer than {MAX_WINDOW}'",
+        )
     ],
     ("rollout",): [
         _rule(
@@ -252,7 +260,6 @@ def _status_schema() -> dict[str, Any]:
             "pendingReplicas",
             "drainingReplicas",
             "desiredReplicas",
-            "recommendedReplicas",
         ),
         _INTEGER,
     )
@@ -285,7 +292,6 @@ def _status_schema() -> dict[str, Any]:
             resourceName=_STRING,
             devicesPerReplica=_INTEGER,
             matchingNodes=_INTEGER,
-            freeDevices=_INTEGER,
         ),
         capacity=_object(
             "What one replica can do, as learned.",

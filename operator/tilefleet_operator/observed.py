@@ -26,9 +26,9 @@ ROLE_WORKER = "worker"
 STATS_VERSION = 1
 DEVICE_PREFIX = "amd.com/"
 
-# Enough for the longest scale-down window of the schema's sensible range, bounded in memory.
-HISTORY_SECONDS = 600.0
-STEPS_KEPT = 1024
+# Longer than the longest scale-down window that the schema allows.
+HISTORY_SECONDS = 660.0
+STEPS_KEPT = 256
 STEPS_PER_SAMPLE = 8
 
 __all__ = [

@@ -1,20 +1,42 @@
 """plan(snapshot, defaults, now): every action that brings the cluster nearer to the spec, and why.
 
 Pure: no client, clock or randomness. The executor performs the actions in the order given (drain,
-delete, apply), then writes `status` to /status when it is not None.
+delete, apply), then writes `status` to /status when it is not None. Does not know how pods are
+rendered (desired.py), chosen (fleet.py), counted (autoscale.py) or reported (status.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tilefleet_operator.api import FIELD_MANAGER
+from tilefleet_operator import desired, hardware, status
+from tilefleet_operator.api import FIELD_MANAGER, InferenceDeployment
+from tilefleet_operator.autoscale import Decision, Policy, decide
+from tilefleet_operator.conditions import Facts, conditions, unknown
+from tilefleet_operator.desired import ADMIN_PORT, REMOVAL_DELAY_SECONDS, Defaults
+from tilefleet_operator.fleet import Fleet, Removal, fleet, moves
+from tilefleet_operator.hardware import GPU_RESOURCE, Fit
+from tilefleet_operator.observed import (
+    ANNOTATION_DRAIN_STARTED,
+    DRAINING,
+    LABEL_STATE,
+    PodView,
+    Snapshot,
+    WorkerStats,
+    owner_uid,
+)
+from tilefleet_operator.units import rfc3339, seconds
 
 # Relabelling needs its own manager: an apply by the first manager that names only labels would
 # give up, and so remove, every other field of the pod.
 DRAIN_FIELD_MANAGER = f"{FIELD_MANAGER}-drain"
+# How often load is looked at, and how often a draining replica.
+MEASURE_SECONDS, DRAIN_POLL_SECONDS = 2.0, 1.0
+# An answer must be this much younger than the order to drain before it proves anything.
+DRAIN_PROOF_SECONDS = REMOVAL_DELAY_SECONDS + 1.0
+CONFLICT_RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,7 @@ class Drain:
     body: Mapping[str, Any]
     timeout_seconds: float
     why: str
-    port: int = 8001
+    port: int = ADMIN_PORT
     field_manager: str = DRAIN_FIELD_MANAGER
     kind: str = "Pod"
 
@@ -90,3 +112,259 @@ class Plan:
     status: Mapping[str, Any] | None = None
     requeue_after: float | None = None
     events: tuple[tuple[str, str, str], ...] = ()
+
+
+def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
+    """The next step from what is observed towards what is wanted.
+
+    now: seconds since the epoch. Empty for an object that is being deleted: owner references clean
+    up. A paused object gets a status and nothing else.
+    """
+    deployment = snapshot.deployment
+    if deployment.deleting:
+        return Plan()
+    revision = desired.revision(deployment, defaults)
+    pods = fleet(snapshot, revision)
+    decision = _decide(snapshot, pods, now)
+    fit = _fit(snapshot, pods)
+    conflict = _conflict(snapshot)
+    actions: list[Action] = []
+    waits = [decision.wait_seconds, MEASURE_SECONDS if pods.ready else None]
+    if not deployment.spec.paused:
+        step = moves(pods, decision.desired, snapshot, now)
+        drained = list(_finish_drains(snapshot, pods, now))
+        removals = list(_removals(deployment, step.removals, now))
+        adding = [
+            Apply(desired.pod(deployment, slot, revision, defaults), step.why_add)
+            for slot in _slots(deployment, pods, revision, step.additions)
+        ]
+        actions = _ordered([*drained, *removals, *adding, *_service(snapshot, conflict)])
+        draining = bool(pods.draining) or any(isinstance(a, Drain) for a in actions)
+        waits += [step.wait_seconds, DRAIN_POLL_SECONDS if draining else None]
+    waits.append(CONFLICT_RETRY_SECONDS if conflict else None)
+    facts = Facts(snapshot, pods, decision.desired, decision.recommended, fit, conflict)
+    report = _report(facts, decision, revision)
+    new = status.build(report, deployment.status, now)
+    waits.append(status.telemetry_wait(report, deployment.status, now))
+    changed = new if new != deployment.status else None
+    events = tuple(_events(deployment.status, new)) if changed is not None else ()
+    known = [wait for wait in waits if wait is not None]
+    return Plan(tuple(actions), changed, min(known, default=None), events)
+
+
+def invalid(obj: Mapping[str, Any], problems: Sequence[str], now: float) -> Plan:
+    """Plan of an object that parse() refused: only its status says so."""
+    previous = obj.get("status") or {}
+    generation = int((obj.get("metadata") or {}).get("generation") or 0)
+    new = status.invalid(generation, unknown(problems), previous, now)
+    if new == previous:
+        return Plan()
+    return Plan(status=new, events=(("Warning", "SpecInvalid", "; ".join(problems)),))
+
+
+def _decide(snapshot: Snapshot, pods: Fleet, now: float) -> Decision:
+    """The wanted number of replicas: the user's in mode Manual or paused, else the load's."""
+    deployment = snapshot.deployment
+    scaling, before = deployment.spec.autoscaling, deployment.status.get("desiredReplicas")
+    manual = scaling.mode == "Manual"
+    current = int(before) if before is not None else len(pods.active)
+    policy = Policy(
+        current=deployment.spec.replicas if manual else current,
+        minimum=deployment.spec.replicas if manual else scaling.min_replicas,
+        maximum=deployment.spec.replicas if manual else scaling.max_replicas,
+        target=float(scaling.target_utilization),
+        ready=tuple(sorted(pod.uid for pod in pods.ready)),
+        up_percent=scaling.scale_up.max_step_percent,
+        up_pods=scaling.scale_up.max_step_pods,
+        down_window=seconds(scaling.scale_down.window),
+        down_percent=scaling.scale_down.step_percent,
+        down_interval=seconds(scaling.scale_down.interval),
+        last_shrink=status.last_shrink(deployment.status),
+        stored_capacity=(deployment.status.get("capacity") or {}).get("tokensPerSecondPerReplica"),
+    )
+    decision = decide(snapshot.history, policy, now)
+    if manual:
+        why = f"spec.replicas is {deployment.spec.replicas}"
+        return replace(decision, reason=why, wait_seconds=None)
+    if deployment.spec.paused:
+        return replace(decision, desired=current, reason="spec.paused is true", wait_seconds=None)
+    return decision
+
+
+def _fit(snapshot: Snapshot, pods: Fleet) -> Fit | None:
+    """Judgement of the nodes, with the devices of this fleet's own active pods counted as free."""
+    accelerator = snapshot.deployment.spec.accelerator
+    if accelerator.vendor != "amd":
+        return None
+    others = {node: dict(used) for node, used in snapshot.device_use.items()}
+    for pod in pods.active:
+        if pod.node in others:
+            used = others[pod.node]
+            own = pod.requests.get(GPU_RESOURCE, 0.0)
+            used[GPU_RESOURCE] = max(0.0, used.get(GPU_RESOURCE, 0.0) - own)
+    return hardware.fit(accelerator, snapshot.nodes, others)
+
+
+def _removals(
+    deployment: InferenceDeployment, removals: Sequence[Removal], now: float
+) -> Iterator[Action]:
+    for removal in removals:
+        pod = removal.pod
+        if removal.drain:
+            yield _drain(deployment, pod, now, removal.why)
+        else:
+            yield Delete(pod.name, pod.namespace, pod.uid, removal.why)
+
+
+def _drain(deployment: InferenceDeployment, pod: PodView, started: float, why: str) -> Drain:
+    body = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": pod.name,
+            "namespace": pod.namespace,
+            "uid": pod.uid,
+            "labels": {LABEL_STATE: DRAINING},
+            "annotations": {ANNOTATION_DRAIN_STARTED: rfc3339(started)},
+        },
+    }
+    timeout = seconds(deployment.spec.rollout.drain.timeout)
+    return Drain(pod.name, pod.namespace, pod.uid, pod.ip, body, timeout, why)
+
+
+def _finish_drains(snapshot: Snapshot, pods: Fleet, now: float) -> Iterator[Action]:
+    """Delete what is drained or overdue; repeat the order where the worker has not heard it."""
+    deployment = snapshot.deployment
+    timeout = seconds(deployment.spec.rollout.drain.timeout)
+    for pod in pods.draining:
+        stats = snapshot.stats.get(pod.uid)
+        started = pod.drain_started
+        if started is None:
+            yield _drain(deployment, pod, now, "it drains, but nothing says since when")
+        elif now >= started + timeout:
+            why = f"its requests did not end within drain.timeout {timeout:g} s"
+            yield Delete(pod.name, pod.namespace, pod.uid, why)
+        elif pod.node is None or pod.ip is None:
+            yield Delete(pod.name, pod.namespace, pod.uid, "it never ran, nothing to drain")
+        elif isinstance(stats, WorkerStats) and (
+            now - stats.age_seconds >= started + DRAIN_PROOF_SECONDS
+        ):
+            if not stats.draining:
+                yield _drain(deployment, pod, started, "its worker has not heard of the drain")
+            elif stats.inflight == 0:
+                yield Delete(pod.name, pod.namespace, pod.uid, "drained: no request is left")
+
+
+def _slots(
+    deployment: InferenceDeployment, pods: Fleet, revision: str, count: int
+) -> Iterator[int]:
+    """The lowest free slots. A name in use, even by a dying pod, is never reused."""
+    slot = 0
+    while count > 0:
+        if desired.pod_name(deployment, slot, revision) not in pods.names:
+            yield slot
+            count -= 1
+        slot += 1
+
+
+def _service(snapshot: Snapshot, conflict: str) -> Iterator[Apply]:
+    body = desired.service(snapshot.deployment)
+    seen = snapshot.children.get(("Service", snapshot.deployment.name))
+    if conflict:
+        return
+    if seen is None:
+        yield Apply(body, "the Service does not exist")
+    elif not covers(seen, body):
+        yield Apply(body, "the Service differs from what is wanted")
+
+
+def _conflict(snapshot: Snapshot) -> str:
+    name = snapshot.deployment.name
+    seen = snapshot.children.get(("Service", name))
+    if seen is None or owner_uid(seen.get("metadata") or {}) == snapshot.deployment.uid:
+        return ""
+    return f"Service {name} exists and belongs to somebody else; delete it or choose another name"
+
+
+def covers(seen: object, wanted: object) -> bool:
+    """True when `seen` holds everything that `wanted` names; lists must have equal length."""
+    if isinstance(wanted, Mapping):
+        return isinstance(seen, Mapping) and all(
+            key in seen and covers(seen[key], value) for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        return (
+            isinstance(seen, list)
+            and len(seen) == len(wanted)
+            and all(covers(a, b) for a, b in zip(seen, wanted, strict=True))
+        )
+    return seen == wanted
+
+
+def _ordered(actions: Sequence[Action]) -> list[Action]:
+    """Drain, delete, create: a rollout without surge must free devices first."""
+    order = {Drain: 0, Delete: 1, Apply: 2}
+    return sorted(actions, key=lambda action: order[type(action)])
+
+
+def _report(facts: Facts, decision: Decision, revision: str) -> status.Report:
+    deployment, pods = facts.snapshot.deployment, facts.fleet
+    ready = len(pods.ready)
+    counts = {
+        "replicas": len(pods.active),
+        "readyReplicas": ready,
+        "updatedReplicas": len(pods.new),
+        "pendingReplicas": len(pods.active) - ready,
+        "drainingReplicas": len(pods.draining),
+        "desiredReplicas": decision.desired,
+    }
+    telemetry = status.Telemetry(
+        decision.utilization,
+        decision.capacity_tokens_per_second,
+        decision.capacity_source,
+        decision.demand_tokens_per_second,
+        decision.queue_tokens,
+    )
+    return status.Report(
+        generation=deployment.generation,
+        counts=counts,
+        selector=desired.selector(deployment),
+        revision=revision,
+        conditions=conditions(facts),
+        telemetry=telemetry,
+        accelerator=_accelerator(facts.fit),
+        decision_reason=decision.reason,
+        decision_inputs=decision.inputs,
+    )
+
+
+def _accelerator(fit: Fit | None) -> dict[str, Any]:
+    if fit is None:
+        return {}
+    return {
+        "resourceName": GPU_RESOURCE,
+        "devicesPerReplica": fit.devices,
+        "matchingNodes": len(fit.matching),
+    }
+
+
+def _events(previous: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Events of the transitions between two statuses."""
+    before, after = previous.get("desiredReplicas"), new["desiredReplicas"]
+    if before is not None and before != after:
+        why = new["decisions"][-1]["reason"]
+        reason = "ScaledUp" if after > before else "ScaledDown"
+        yield "Normal", reason, f"from {before} to {after} replicas: {why}"
+    known = {c["type"]: c["status"] for c in previous.get("conditions") or []}
+    for condition in new["conditions"]:
+        kind, value = condition["type"], condition["status"]
+        if known.get(kind) == value:
+            continue
+        if kind == "Progressing" and (value == "True" or kind in known):
+            reason = "RolloutStarted" if value == "True" else "RolloutComplete"
+            yield "Normal", reason, condition["message"]
+        if kind in ("CapacityLimited", "Degraded") and value == "True":
+            reason = kind if kind == "CapacityLimited" else condition["reason"]
+            yield "Warning", reason, condition["message"]
+        if kind == "AcceleratorMatched" and value == "False":
+            yield "Warning", condition["reason"], condition["message"]

@@ -1,0 +1,187 @@
+"""simulate(): replay plan after plan with no cluster, for proofs and for `tilefleet plan`.
+
+The model of the world is small and honest about it: a pod is scheduled when its node has room
+(always, on vendor cpu), is ready start_seconds later, and drains in drain_seconds. The same plan()
+decides as in production.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tilefleet_operator import hardware
+from tilefleet_operator.desired import Defaults
+from tilefleet_operator.hardware import GPU_RESOURCE
+from tilefleet_operator.observed import (
+    DRAINING,
+    Counters,
+    Gauges,
+    PodView,
+    Snapshot,
+    WorkerStats,
+    device_use,
+    pod_view,
+)
+from tilefleet_operator.plan import Apply, Delete, Drain, Plan, plan
+from tilefleet_operator.units import rfc3339
+
+TICK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class World:
+    """A simulated moment: what plan() would be given, and the time, seconds since the epoch."""
+
+    snapshot: Snapshot
+    now: float
+
+
+def simulate(
+    snapshot: Snapshot,
+    defaults: Defaults,
+    now: float = 0.0,
+    *,
+    start_seconds: float = 5.0,
+    drain_seconds: float = 5.0,
+    limit: int = 1000,
+) -> list[Plan]:
+    """The plans that act, in order, until nothing more would change.
+
+    limit: ticks of one second after which it ends in any case.
+    """
+    steps = trace(
+        World(snapshot, now),
+        defaults,
+        start_seconds=start_seconds,
+        drain_seconds=drain_seconds,
+        limit=limit,
+    )
+    return [step for _, step in steps if step.actions]
+
+
+def trace(
+    world: World,
+    defaults: Defaults,
+    *,
+    start_seconds: float = 5.0,
+    drain_seconds: float = 5.0,
+    limit: int = 1000,
+) -> list[tuple[World, Plan]]:
+    """Every simulated moment with its plan; the last plan is empty unless the limit was reached."""
+    steps: list[tuple[World, Plan]] = []
+    for _ in range(limit):
+        step = plan(world.snapshot, defaults, world.now)
+        steps.append((world, step))
+        after = advance(world, step, start_seconds=start_seconds, drain_seconds=drain_seconds)
+        pods = world.snapshot.pods
+        still = step.actions == () and step.status is None and after.snapshot.pods == pods
+        if still and not _moving(pods):
+            break
+        world = after
+    return steps
+
+
+def _moving(pods: tuple[PodView, ...]) -> bool:
+    """True while time alone will change a pod."""
+    return any(
+        pod.state == DRAINING or pod.finished or (pod.node is not None and not pod.ready)
+        for pod in pods
+    )
+
+
+def advance(
+    world: World, step: Plan, *, start_seconds: float = 5.0, drain_seconds: float = 5.0
+) -> World:
+    """The world one tick after the plan was carried out."""
+    snapshot, now = world.snapshot, world.now + TICK_SECONDS
+    pods = {pod.uid: pod for pod in snapshot.pods}
+    children = dict(snapshot.children)
+    for action in step.actions:
+        _act(action, pods, children, world.now)
+    placed = _schedule(snapshot, tuple(pods.values()))
+    settled = tuple(
+        replace(pod, ready=True, phase="Running")
+        if pod.node and not pod.finished and now >= pod.created + start_seconds
+        else pod
+        for pod in placed
+    )
+    deployment = snapshot.deployment
+    if step.status is not None:
+        deployment = replace(deployment, status=step.status)
+    after = replace(
+        snapshot,
+        deployment=deployment,
+        pods=settled,
+        children=children,
+        device_use=_use(snapshot, settled),
+        stats={pod.uid: _stats(pod, now, drain_seconds) for pod in settled if pod.ready},
+    )
+    return World(after, now)
+
+
+def _act(
+    action: Apply | Delete | Drain,
+    pods: dict[str, PodView],
+    children: dict[tuple[str, str], Mapping[str, Any]],
+    now: float,
+) -> None:
+    if isinstance(action, Delete):
+        pods.pop(action.uid, None)
+    elif isinstance(action, Drain):
+        pod = pods[action.uid]
+        labels = {**pod.labels, **action.body["metadata"]["labels"]}
+        pods[action.uid] = replace(pod, labels=labels, state=DRAINING, drain_started=now)
+    elif action.kind == "Pod":
+        uid = f"uid-{action.name}"
+        metadata = {**action.body["metadata"], "uid": uid, "creationTimestamp": rfc3339(now)}
+        pods[uid] = pod_view({**action.body, "metadata": metadata})
+    else:
+        children[(action.kind, action.name)] = action.body
+
+
+def _schedule(snapshot: Snapshot, pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
+    """Pods with nodes: on amd the first matching node with room, else any."""
+    accelerator = snapshot.deployment.spec.accelerator
+    placed: list[PodView] = []
+    waiting = list(pods)
+    while waiting:
+        pod = waiting.pop(0)
+        if pod.node is None and not pod.finished:
+            use = _use(snapshot, (*placed, *waiting))
+            pod = replace(pod, node=_node(snapshot, use, accelerator.vendor == "amd"))
+            pod = replace(pod, ip="192.0.2.1" if pod.node else None)
+        placed.append(pod)
+    return tuple(placed)
+
+
+def _node(snapshot: Snapshot, use: Mapping[str, Mapping[str, float]], amd: bool) -> str | None:
+    if not amd:
+        return "any"
+    fit = hardware.fit(snapshot.deployment.spec.accelerator, snapshot.nodes, use)
+    return next((node.name for node in fit.matching if node.free >= fit.devices), None)
+
+
+def _use(snapshot: Snapshot, pods: tuple[PodView, ...]) -> dict[str, dict[str, float]]:
+    """Devices in use: what others held in the snapshot, plus what these pods hold."""
+    before, after = device_use(snapshot.pods), device_use(pods)
+    nodes = {*snapshot.device_use, *after}
+    result: dict[str, dict[str, float]] = {}
+    for node in sorted(nodes):
+        seen = snapshot.device_use.get(node, {}).get(GPU_RESOURCE, 0.0)
+        own = before.get(node, {}).get(GPU_RESOURCE, 0.0)
+        others = max(0.0, seen - own)
+        result[node] = {GPU_RESOURCE: others + after.get(node, {}).get(GPU_RESOURCE, 0.0)}
+    return result
+
+
+def _stats(pod: PodView, now: float, drain_seconds: float) -> WorkerStats:
+    """An idle worker's answer; one that drains has its last request for drain_seconds."""
+    draining = pod.state == DRAINING
+    started = pod.drain_started if pod.drain_started is not None else math.inf
+    running = 1 if draining and now < started + drain_seconds else 0
+    return WorkerStats(
+        ready=not draining, draining=draining, counters=Counters(), gauges=Gauges(running=running)
+    )

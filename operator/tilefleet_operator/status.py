@@ -1,0 +1,202 @@
+"""The status: counts, telemetry, decisions and conditions, written only when they say more.
+
+Counts and conditions change at once. Telemetry (utilization, capacity, demand) is rounded, and
+alone causes a write at most every 30 s and only when it moved by more than 5 %. Messages hold no
+figure that moves with load. Does not know how any of it was decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilefleet_operator.units import rfc3339, timestamp
+
+TELEMETRY_SECONDS = 30.0
+TELEMETRY_CHANGE = 0.05
+DECISIONS_KEPT = 10
+_TELEMETRY = ("utilization", "capacity", "demand")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One observed fact: status is "True", "False" or "Unknown"."""
+
+    type: str
+    status: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Measured figures, tokens per second; None while unknown."""
+
+    utilization: float | None = None
+    capacity: float | None = None
+    source: str = ""
+    demand: float | None = None
+    queue: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a status is built from. counts: status field → number."""
+
+    generation: int
+    counts: Mapping[str, int]
+    selector: str
+    revision: str
+    conditions: Sequence[Condition]
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    accelerator: Mapping[str, Any] = field(default_factory=dict)
+    decision_reason: str = ""
+    decision_inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+def build(report: Report, previous: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """The whole new status. Equal to `previous` when there is nothing to write. Does not mutate."""
+    status: dict[str, Any] = {
+        "observedGeneration": report.generation,
+        **report.counts,
+        "selector": report.selector,
+        "updateRevision": report.revision,
+        "decisions": _decisions(report, previous, now),
+        "conditions": _conditions(report, previous, now),
+    }
+    if report.accelerator:
+        status["accelerator"] = dict(report.accelerator)
+    fresh = _telemetry(report.telemetry, now)
+    kept = {key: previous[key] for key in _TELEMETRY if key in previous}
+    rest = {key: value for key, value in previous.items() if key not in _TELEMETRY}
+    write = rest != status or _due(kept, fresh, now)
+    if write and moved(kept, fresh):
+        return status | fresh
+    return status | kept
+
+
+def telemetry_wait(report: Report, previous: Mapping[str, Any], now: float) -> float | None:
+    """Seconds until moved telemetry may be written; None when it did not move."""
+    kept = {key: previous[key] for key in _TELEMETRY if key in previous}
+    if not moved(kept, _telemetry(report.telemetry, now)):
+        return None
+    return max(0.0, _sampled(kept) + TELEMETRY_SECONDS - now)
+
+
+def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """True when a figure appeared, vanished or changed by more than 5 %."""
+    old, new = _figures(before), _figures(after)
+    if old.keys() != new.keys():
+        return True
+    return any(
+        abs(new[key] - old[key]) > TELEMETRY_CHANGE * max(abs(old[key]), abs(new[key]))
+        for key in new
+    )
+
+
+def _due(kept: Mapping[str, Any], fresh: Mapping[str, Any], now: float) -> bool:
+    return moved(kept, fresh) and now - _sampled(kept) >= TELEMETRY_SECONDS
+
+
+def _sampled(telemetry: Mapping[str, Any]) -> float:
+    """Time of the last write of telemetry; the beginning of time without one."""
+    text = (telemetry.get("capacity") or {}).get("sampledAt")
+    return timestamp(text) if text else 0.0
+
+
+def _figures(telemetry: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of a status by name; small ones count as 0, so that noise at idle is no change."""
+    figures: dict[str, float] = {}
+    if "utilization" in telemetry:
+        figures["utilization"] = _floor(float(telemetry["utilization"]), 0.01)
+    capacity = (telemetry.get("capacity") or {}).get("tokensPerSecondPerReplica")
+    if capacity is not None:
+        figures["capacity"] = float(capacity)
+    for key, value in (telemetry.get("demand") or {}).items():
+        figures[key] = _floor(float(value), 1.0)
+    return figures
+
+
+def _floor(value: float, smallest: float) -> float:
+    return value if value > smallest else 0.0
+
+
+def _telemetry(telemetry: Telemetry, now: float) -> dict[str, Any]:
+    """Status fields of the known figures, rounded to what a reader can use."""
+    result: dict[str, Any] = {}
+    if telemetry.utilization is not None:
+        result["utilization"] = f"{telemetry.utilization:.2f}"
+    if telemetry.demand is not None:
+        result["demand"] = {
+            "tokensPerSecond": round(telemetry.demand),
+            "queueTokens": round(telemetry.queue),
+        }
+    capacity: dict[str, Any] = {}
+    if telemetry.capacity is not None:
+        capacity = {
+            "tokensPerSecondPerReplica": round(telemetry.capacity),
+            "source": telemetry.source,
+        }
+    if result or capacity:
+        result["capacity"] = capacity | {"sampledAt": rfc3339(now)}
+    return result
+
+
+def _decisions(report: Report, previous: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
+    decisions = list(previous.get("decisions") or [])
+    before, after = previous.get("desiredReplicas"), report.counts["desiredReplicas"]
+    if before is not None and before != after:
+        decision = {
+            "time": rfc3339(now),
+            "from": before,
+            "to": after,
+            "reason": report.decision_reason,
+            "inputs": dict(report.decision_inputs),
+        }
+        decisions.append(decision)
+    return decisions[-DECISIONS_KEPT:]
+
+
+def _conditions(report: Report, previous: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
+    """Conditions for the status; lastTransitionTime moves only when the status value does."""
+    known = {condition["type"]: condition for condition in previous.get("conditions") or []}
+    result = []
+    for condition in report.conditions:
+        before = known.get(condition.type, {})
+        since = before.get("lastTransitionTime") or rfc3339(now)
+        if before.get("status") != condition.status:
+            since = rfc3339(now)
+        result.append(
+            {
+                "type": condition.type,
+                "status": condition.status,
+                "observedGeneration": report.generation,
+                "lastTransitionTime": since,
+                "reason": condition.reason,
+                "message": condition.message,
+            }
+        )
+    return result
+
+
+def invalid(
+    generation: int, conditions: Sequence[Condition], previous: Mapping[str, Any], now: float
+) -> dict[str, Any]:
+    """Status of an object that cannot be acted on: the counts as they were, other conditions."""
+    report = Report(generation, {}, "", "", conditions)
+    return {
+        **previous,
+        "observedGeneration": generation,
+        "conditions": _conditions(report, previous, now),
+    }
+
+
+def last_shrink(status: Mapping[str, Any]) -> float | None:
+    """Time of the newest decision that made the fleet smaller, seconds since the epoch."""
+    times = [
+        timestamp(decision["time"])
+        for decision in status.get("decisions") or []
+        if decision["to"] < decision["from"]
+    ]
+    return max(times, default=None)
