@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 from fleets import cpu_fleet
-from testbed import NAMESPACE, OPERATOR, RELEASE, Testbed
+from testbed import NAMESPACE, OPERATOR, RELEASE, Json, Testbed
 
 OPERATOR_ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{OPERATOR}"
 
@@ -94,10 +94,10 @@ def test_rights_granted_are_the_rights_used(testbed: Testbed, namespace: str) ->
     assert granted_writes(testbed) - used == set()
 
 
-def resource(event: dict) -> str:
+def resource(event: Json) -> str:
     reference = event["objectRef"]
     sub = reference.get("subresource")
-    return reference["resource"] + (f"/{sub}" if sub else "")
+    return f"{reference['resource']}/{sub}" if sub else str(reference["resource"])
 
 
 def granted_writes(testbed: Testbed) -> set[tuple[str, str]]:

@@ -1,0 +1,48 @@
+"""What the chart renders is what the operator's command line and environment take."""
+
+from pathlib import Path
+from typing import Any
+
+import helm_python as helm
+import pytest
+import yaml
+
+from tilefleet_operator import cli
+
+CHART = Path(__file__).parents[2] / "helm" / "tilefleet"
+
+
+def container(values: dict[str, Any]) -> dict[str, Any]:
+    with helm.Chart.load(str(CHART)) as chart:
+        texts = chart.render(values, name="tilefleet", namespace="tilefleet-system")
+    (text,) = (text for path, text in texts.items() if path.endswith("/deployment.yaml"))
+    found: dict[str, Any] = yaml.safe_load(text)["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+def test_rendered_arguments_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "watchNamespaces": ["a", "b"],
+        "hfEndpoint": "https://hub.example",
+        "log": {"format": "text"},
+        "image": {"worker": {"tag": "w"}, "workerCpu": {"tag": "c"}},
+    }
+    rendered = container(values)
+    for variable in rendered["env"]:
+        monkeypatch.setenv(variable["name"], variable["valueFrom"]["fieldRef"]["fieldPath"])
+    parsed = cli.build_parser().parse_args(rendered["args"])
+    ports = {port["name"]: port["containerPort"] for port in rendered["ports"]}
+    assert (parsed.probe_port, parsed.metrics_port) == (ports["probes"], ports["metrics"])
+    assert parsed.watch_namespaces == "a,b"
+    assert parsed.hf_endpoint == "https://hub.example"
+    assert parsed.worker_image == "tilefleet/worker:w"
+    assert parsed.worker_cpu_image == "tilefleet/worker-cpu:c"
+    assert parsed.lease_name == "tilefleet-operator"
+    assert parsed.log_format == "text"
+    assert (parsed.namespace, parsed.identity) == ("metadata.namespace", "metadata.name")
+
+
+def test_default_arguments_parse() -> None:
+    parsed = cli.build_parser().parse_args(container({})["args"])
+    assert parsed.watch_namespaces == ""
+    assert parsed.hf_endpoint == ""
