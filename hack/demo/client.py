@@ -65,31 +65,37 @@ class Load:
         self.completions = self.tokens = self.errors = 0
         self.last_error = ""
 
-    async def one_client(self, number: int, stop: asyncio.Event) -> None:
+    async def one_client(
+        self, client: openai.AsyncOpenAI, number: int, stop: asyncio.Event
+    ) -> None:
         """Requests with prompts of their own, so that no prefix is shared by chance."""
         source = random.Random(number)
-        # A connection each: a kept-alive one would pin all requests to the first replica.
         while not stop.is_set():
-            async with openai.AsyncOpenAI(
-                base_url=self.base_url, api_key="none", max_retries=0, timeout=60
-            ) as client:
-                prompt = " ".join(source.choice(WORDS) for _ in range(40))
-                try:
-                    answer = await client.completions.create(
-                        model=self.model, prompt=prompt, max_tokens=self.max_tokens, temperature=1
-                    )
-                    self.completions += 1
-                    self.tokens += answer.usage.completion_tokens if answer.usage else 0
-                except openai.OpenAIError as error:
-                    self.errors += 1
-                    self.last_error = str(error)[:200]
-                    await asyncio.sleep(0.5)
+            prompt = " ".join(source.choice(WORDS) for _ in range(40))
+            try:
+                answer = await client.completions.create(
+                    model=self.model, prompt=prompt, max_tokens=self.max_tokens, temperature=1
+                )
+                self.completions += 1
+                self.tokens += answer.usage.completion_tokens if answer.usage else 0
+            except openai.OpenAIError as error:
+                self.errors += 1
+                self.last_error = str(error)[:200]
+                await asyncio.sleep(0.5)
 
     async def run(self, clients: int, seconds: float) -> int:
         """Runs all clients for the time given, with one report a second."""
         stop, started, tokens_before = asyncio.Event(), time.monotonic(), 0
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-        tasks = [asyncio.create_task(self.one_client(n, stop)) for n in range(clients)]
+        client = openai.AsyncOpenAI(
+            base_url=self.base_url,
+            api_key="none",
+            max_retries=0,
+            timeout=60,
+            # A Service balances connections: a kept one would stay on the first replica.
+            default_headers={"Connection": "close"},
+        )
+        tasks = [asyncio.create_task(self.one_client(client, n, stop)) for n in range(clients)]
         while not stop.is_set() and time.monotonic() - started < seconds:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), 1)
@@ -99,6 +105,7 @@ class Load:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await client.close()
         return 0 if self.completions else 1
 
     def report(self, seconds: float, tokens: int) -> None:

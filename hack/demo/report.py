@@ -45,6 +45,7 @@ class FleetWatch:
 
     def __init__(self, bed: Testbed, report: Report, namespace: str = "default") -> None:
         self.bed, self.report, self.namespace = bed, report, namespace
+        self.versions: dict[str, str | None] = {}
         self.last: dict[str, str] = {}
 
     def table(self) -> None:
@@ -52,18 +53,20 @@ class FleetWatch:
         for kind in ("infd", "pods"):
             rows = self.bed.kubectl("-n", self.namespace, "get", kind)
             self.report.say(rows.rstrip())
-            if kind == "infd":
-                self.last = {row.split()[0]: without_age(row) for row in rows.splitlines()[1:]}
 
     def look(self, fleet: str) -> Json | None:
         """The fleet as it is now; its row and its reason are printed when they differ."""
         found = self.bed.get("infd", fleet, self.namespace)
+        version = (found or {}).get("metadata", {}).get("resourceVersion")
+        if found is None or version == self.versions.get(fleet):
+            return found
+        self.versions[fleet] = version
         row = self.bed.kubectl("-n", self.namespace, "get", "infd", fleet, "--no-headers").strip()
-        ready = condition(found or {}, "Ready")
-        seen = f"{without_age(row)} {ready.get('reason')} {ready.get('message')}"
-        if seen != self.last.get(fleet + "/seen"):
-            self.last[fleet + "/seen"] = seen
-            self.report.say(f"{row}  | {ready.get('message', 'not seen by the operator yet')}")
+        message = condition(found, "Ready").get("message", "not seen by the operator yet")
+        seen = f"{without_age(row)} | {message}"
+        if seen != self.last.get(fleet):
+            self.last[fleet] = seen
+            self.report.say(f"{row}  | {message}")
         return found
 
 
