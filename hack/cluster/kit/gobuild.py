@@ -71,22 +71,13 @@ def build(binary: Binary, source: GoBuild, target: Path, position: str, progress
     """
     log = target.with_name(f".{binary.name}.log")
     temporary = target.with_name(f".{binary.name}.{os.getpid()}")
-    command: list[str | Path] = [
-        "nice",
-        "go",
-        "build",
-        "-p",
-        "2",
-        "-trimpath",
-        "-ldflags",
-        source.linker_flags,
-    ]
+    command: list[str | Path] = ["go", "build", "-trimpath", "-ldflags", source.linker_flags]
+    command += ["-o", temporary, source.package]
     expected = f"a cold build takes about {source.minutes:g} min"
     progress.say(f"{position} building {binary.name}; {expected}")
     environment = {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
     tick = _ticker(f"{position} building {binary.name}", progress)
     try:
-        command += ["-o", temporary, source.package]
         status = run_watched(command, GO_SOURCES / source.module, environment, log, tick)
         if status != 0:
             raise BuildFailed(f"building {binary.name} failed:\n{log.read_text()[-2000:]}")
