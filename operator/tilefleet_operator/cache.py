@@ -39,9 +39,10 @@ class ObjectCache:
         self._objects: dict[tuple[str, str], Json] = {}
         self._uids: dict[tuple[str, str, str], str] = {}
         self._children: dict[tuple[str, Key], set[str]] = {}
-        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._gone: OrderedDict[str, int] = OrderedDict()
         self._expected: dict[Key, _Expected] = {}
         self._seen: dict[str, float] = {}
+        self._changes: dict[str, int] = {}
 
     def observe(self, plural: str, event: str | None, body: Mapping[str, Any]) -> bool:
         """Take one watch event (ADDED, MODIFIED, DELETED) or a listed object (None).
@@ -52,20 +53,29 @@ class ObjectCache:
         self._seen[plural] = self.clock()
         uid = body["metadata"]["uid"]
         if event == "DELETED":
-            return self._bury(plural, uid)
+            return self._bury(plural, uid, version(body))
         held = self._objects.get((plural, uid))
-        if uid in self._gone or (held is not None and version(held) >= version(body)):
+        if held is not None and version(held) >= version(body):
             return False
-        self._put(plural, uid, body)
-        return True
+        # Only a version above its end brings an object back: it left our label selector, not life.
+        if self._gone.get(uid, -1) >= version(body):
+            return False
+        self._gone.pop(uid, None)
+        return self._put(plural, uid, body)
 
     def replace(
-        self, plural: str, items: Iterable[Mapping[str, Any]], list_version: str, key: Key | None
+        self,
+        plural: str,
+        items: Iterable[Mapping[str, Any]],
+        list_version: str,
+        *,
+        key: Key | None = None,
+        labelled: bool = False,
     ) -> bool:
         """Take a whole list and bury what it lacks, unless that is newer than the list.
 
-        key: the list holds only the children of this key; None: it holds everything. Returns
-        whether the view changed.
+        key: the list holds only the children of this key. labelled: it holds only children, of any
+        key. Returns whether the view changed.
         """
         changed = False
         listed = set()
@@ -73,10 +83,15 @@ class ObjectCache:
             listed.add(item["metadata"]["uid"])
             changed |= self.observe(plural, None, item)
         self._seen[plural] = self.clock()
-        for uid in self._scope(plural, key) - listed:
+        for uid in self._scope(plural, key, labelled) - listed:
             if version(self._objects[plural, uid]) <= int(list_version):
-                changed |= self._bury(plural, uid)
+                changed |= self._bury(plural, uid, int(list_version))
         return changed
+
+    def bury(self, plural: str, uid: str) -> bool:
+        """Take note that the API server knows no object of this UID."""
+        held = self._objects.get((plural, uid))
+        return self._bury(plural, uid, 0 if held is None else version(held))
 
     def get(self, plural: str, namespace: str, name: str) -> Json | None:
         """The object that holds this name now; namespace is "" for cluster-wide ones."""
@@ -94,7 +109,7 @@ class ObjectCache:
             (body for (kind, _), body in self._objects.items() if kind == plural), key=_name
         )
 
-    def keys(self) -> set[Key]:
+    def deployment_keys(self) -> set[Key]:
         """Keys of all deployments, and of children whose deployment is unknown."""
         named = {(ns, name) for plural, ns, name in self._uids if plural == PLURAL}
         return named | {key for _, key in self._children}
@@ -137,32 +152,42 @@ class ObjectCache:
         """Forget what was expected of ``key``: a list that began after its last write was taken."""
         self._expected.pop(key, None)
 
+    def changes(self, plural: str) -> int:
+        """How often the view of a resource has changed; equal numbers mean an equal view."""
+        return self._changes.get(plural, 0)
+
     def ages(self) -> dict[str, float]:
         """Seconds since the last event or list of each resource."""
         now = self.clock()
         return {plural: now - seen for plural, seen in self._seen.items()}
 
-    def _scope(self, plural: str, key: Key | None) -> set[str]:
+    def _scope(self, plural: str, key: Key | None, labelled: bool) -> set[str]:
         if key is not None:
             return set(self._children.get((plural, key), ()))
-        return {uid for kind, uid in self._objects if kind == plural}
+        return {
+            uid
+            for (kind, uid), body in self._objects.items()
+            if kind == plural and (not labelled or child_key(body) is not None)
+        }
 
-    def _put(self, plural: str, uid: str, body: Mapping[str, Any]) -> None:
+    def _put(self, plural: str, uid: str, body: Mapping[str, Any]) -> bool:
         metadata = {k: v for k, v in body["metadata"].items() if k != "managedFields"}
         fresh = {**body, "metadata": metadata}
         place = (plural, metadata.get("namespace") or "", metadata["name"])
         rival = self._uids.get(place)
         if rival is not None and rival != uid:
             if version(self._objects[plural, rival]) > version(fresh):
-                self._remember_gone(uid)  # an event about the former holder of the name
-                return
-            self._bury(plural, rival)
+                self._remember_gone(uid, version(fresh))  # the former holder of the name
+                return False
+            self._bury(plural, rival, version(fresh))
         self._unlink(plural, uid)
+        self._changes[plural] = self.changes(plural) + 1
         self._objects[plural, uid] = fresh
         self._uids[place] = uid
         owner = child_key(fresh)
         if owner is not None:
             self._children.setdefault((plural, owner), set()).add(uid)
+        return True
 
     def _unlink(self, plural: str, uid: str) -> None:
         """Remove an object from the index of children; its label may have changed."""
@@ -175,20 +200,21 @@ class ObjectCache:
         if not siblings:
             self._children.pop((plural, owner), None)
 
-    def _bury(self, plural: str, uid: str) -> bool:
+    def _bury(self, plural: str, uid: str, at: int) -> bool:
         self._unlink(plural, uid)
         held = self._objects.pop((plural, uid), None)
-        self._remember_gone(uid)
+        self._remember_gone(uid, at)
         if held is None:
             return False
+        self._changes[plural] = self.changes(plural) + 1
         metadata = held["metadata"]
         place = (plural, metadata.get("namespace") or "", metadata["name"])
         if self._uids.get(place) == uid:
             del self._uids[place]
         return True
 
-    def _remember_gone(self, uid: str) -> None:
-        self._gone[uid] = None
+    def _remember_gone(self, uid: str, at: int) -> None:
+        self._gone[uid] = max(at, self._gone.get(uid, 0))
         self._gone.move_to_end(uid)
         while len(self._gone) > _TOMBSTONES:
             self._gone.popitem(last=False)

@@ -34,7 +34,7 @@ PODS = Resource("", "v1", "pods", "Pod")
 SERVICES = Resource("", "v1", "services", "Service")
 NODES = Resource("", "v1", "nodes", "Node", namespaced=False)
 LEASES = Resource("coordination.k8s.io", "v1", "leases", "Lease")
-EVENTS = Resource("events.k8s.io", "v1", "events", "Event")
+EVENTS = Resource("", "v1", "events", "Event")
 
 BY_KIND = {resource.kind: resource for resource in (DEPLOYMENTS, PODS, SERVICES)}
 """What a plan may name."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tilefleet_operator.errors import OperatorError
 from tilefleet_operator.rate import TokenBucket
 
 Key = tuple[str, str]
@@ -23,9 +24,10 @@ Key = tuple[str, str]
 class QueueLimits:
     """Rates and delays of a WorkQueue."""
 
-    keys_per_second: float = 50.0
-    """Steady rate at which keys are handed out, over all workers."""
-    burst: int = 100
+    keys_per_second: float = 500.0
+    """Steady rate at which keys are handed out, over all workers. It bounds our own CPU; writes
+    have a lower limit of their own in the client."""
+    burst: int = 1000
     """Keys handed out at once after a quiet time."""
     base_seconds: float = 0.05
     """First backoff of a failing key; it doubles with each failure in a row."""
@@ -34,6 +36,10 @@ class QueueLimits:
     event_floor_seconds: float = 5.0
     """An event wakes a failing key from its backoff, but not sooner than this after the failure:
     a refused write that provokes an event each time must not become a hot loop."""
+
+
+class QueueClosed(OperatorError):
+    """The queue hands out no more keys."""
 
 
 class WorkQueue:
@@ -60,6 +66,7 @@ class WorkQueue:
         self._floor: dict[Key, float] = {}
         self._bucket = TokenBucket(self.limits.keys_per_second, self.limits.burst, clock)
         self._wake = asyncio.Event()
+        self._closed = False
 
     def add(self, key: Key, delay_seconds: float = 0.0) -> None:
         """Ask for one run of ``key`` in ``delay_seconds``; an earlier request wins."""
@@ -72,12 +79,20 @@ class WorkQueue:
             heapq.heappush(self._heap, (when, key))
             self._wake.set()
 
+    def close(self) -> None:
+        """Hand out no key any more: every ``get`` raises QueueClosed."""
+        self._closed = True
+        self._wake.set()
+
     async def get(self) -> tuple[Key, float]:
         """Wait for the next due key; returns it and the seconds that it waited beyond its due time.
 
-        The caller must call ``done`` for the key, whatever happens.
+        The caller must call ``done`` for the key, whatever happens. Raises QueueClosed after
+        ``close``.
         """
         while True:
+            if self._closed:
+                raise QueueClosed
             self._wake.clear()
             wait = self._seconds_to_next()
             if wait is not None and wait <= 0:

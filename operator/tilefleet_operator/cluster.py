@@ -1,0 +1,219 @@
+"""The operator's view of Kubernetes: lists into the cache, and gather() from it.
+
+It writes nothing and decides nothing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilefleet_operator.api import PLURAL, InferenceDeployment, parse
+from tilefleet_operator.cache import Key, ObjectCache, child_key, version
+from tilefleet_operator.client import ApiClient
+from tilefleet_operator.errors import NotFound, SpecInvalid
+from tilefleet_operator.observed import (
+    DEVICE_PREFIX,
+    DRAINING,
+    LABEL_DEPLOYMENT,
+    History,
+    MissingStats,
+    NodeView,
+    PodView,
+    Snapshot,
+    WorkerStats,
+    device_use,
+    node_view,
+    pod_view,
+)
+from tilefleet_operator.resources import DEPLOYMENTS, NODES, PODS, SERVICES
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Views:
+    """Typed views of cached objects, made once per version: UID → (version, view)."""
+
+    pods: dict[str, tuple[int, PodView]] = field(default_factory=dict)
+    nodes: dict[str, tuple[int, NodeView]] = field(default_factory=dict)
+    deployments: dict[str, tuple[int, InferenceDeployment]] = field(default_factory=dict)
+    all_nodes: tuple[int, tuple[NodeView, ...]] | None = None
+    use: tuple[int, Mapping[str, Mapping[str, float]]] | None = None
+
+
+class Cluster:
+    """One Kubernetes cluster as the leader sees and changes it.
+
+    namespaces: those that are watched; empty for all.
+    """
+
+    def __init__(self, api: ApiClient, cache: ObjectCache, namespaces: Sequence[str] = ()) -> None:
+        self.api, self.cache, self.namespaces = api, cache, tuple(namespaces)
+        self._views = _Views()
+        self._foreign: tuple[PodView, ...] = ()
+
+    async def list_all(self) -> None:
+        """List every resource into the cache; what is gone is forgotten. Raises ApiError."""
+        for resource, selector in (
+            (DEPLOYMENTS, ""),
+            (PODS, LABEL_DEPLOYMENT),
+            (SERVICES, LABEL_DEPLOYMENT),
+            (NODES, ""),
+        ):
+            scopes = self.namespaces if resource.namespaced and self.namespaces else (None,)
+            lists = [await self.api.list(resource, ns, label_selector=selector) for ns in scopes]
+            oldest = min((one.resource_version for one in lists), key=int)
+            items = [item for one in lists for item in one.items]
+            self.cache.replace(resource.plural, items, oldest, labelled=bool(selector))
+        self._views = _Views()
+
+    async def list_key(self, key: Key) -> None:
+        """List the children of one key, and the object itself. Raises ApiError."""
+        namespace, name = key
+        selector = f"{LABEL_DEPLOYMENT}={name}"
+        for resource in (PODS, SERVICES):
+            found = await self.api.list(resource, namespace, label_selector=selector)
+            self.cache.replace(resource.plural, found.items, found.resource_version, key=key)
+        held = self.cache.get(PLURAL, namespace, name)
+        try:
+            self.cache.observe(PLURAL, None, await self.api.get(DEPLOYMENTS, namespace, name))
+        except NotFound:
+            if held is not None:
+                self.cache.bury(PLURAL, held["metadata"]["uid"])
+        self.cache.settle(key)
+
+    async def recheck_service(self, key: Key) -> None:
+        """Read a foreign Service of this name anew: without our label no watch shows its end."""
+        held = self.cache.get(SERVICES.plural, *key)
+        if held is None or child_key(held) == key:
+            return
+        try:
+            self.cache.observe(SERVICES.plural, None, await self.api.get(SERVICES, *key))
+        except NotFound:
+            self.cache.bury(SERVICES.plural, held["metadata"]["uid"])
+
+    async def list_foreign(self) -> bool:
+        """Look for AMD devices held by pods of others; returns whether that changed.
+
+        Only the few facts that count are kept; a fleet without AMD nodes never needs this.
+        """
+        found = await self.api.list(PODS, field_selector="status.phase!=Succeeded")
+        before = self._foreign
+        self._foreign = tuple(
+            view
+            for view in map(pod_view, found.items)
+            if any(name.startswith(DEVICE_PREFIX) for name in view.requests)
+            and not self._watches(view)
+        )
+        self._views.use = None
+        return device_use(before) != device_use(self._foreign)
+
+    def _watches(self, view: PodView) -> bool:
+        mine = not self.namespaces or view.namespace in self.namespaces
+        return mine and LABEL_DEPLOYMENT in view.labels
+
+    def deployment(self, key: Key) -> InferenceDeployment | None:
+        """The parsed object, None when there is none. Raises SpecInvalid."""
+        body = self.cache.get(PLURAL, *key)
+        if body is None:
+            return None
+        uid, now = body["metadata"]["uid"], version(body)
+        held = self._views.deployments.get(uid)
+        if held is None or held[0] != now:
+            held = self._views.deployments[uid] = (now, parse(body))
+        return held[1]
+
+    def deployments(self) -> Iterable[InferenceDeployment]:
+        """Every valid InferenceDeployment."""
+        for key in sorted(self.cache.deployment_keys()):
+            try:
+                found = self.deployment(key)
+            except SpecInvalid:
+                continue
+            if found is not None:
+                yield found
+
+    def pods(self, deployment: InferenceDeployment) -> tuple[PodView, ...]:
+        """Pods that this very object controls; a label alone makes no pod ours."""
+        key = (deployment.namespace, deployment.name)
+        bodies = self.cache.children(PODS.plural, key)
+        return tuple(self._pod(body) for body in bodies if _controller(body) == deployment.uid)
+
+    def poll_targets(self) -> dict[Key, tuple[PodView, ...]]:
+        """Pods whose /stats are needed: serving ones of Auto fleets, draining ones of all."""
+        targets: dict[Key, tuple[PodView, ...]] = {}
+        for deployment in self.deployments():
+            auto = deployment.spec.autoscaling.mode == "Auto"
+            wanted = tuple(
+                pod
+                for pod in self.pods(deployment)
+                if pod.ip and not pod.terminating and not pod.finished
+                and (pod.state == DRAINING or (auto and pod.ready))
+            )  # fmt: skip
+            if wanted:
+                targets[deployment.namespace, deployment.name] = wanted
+        return targets
+
+    def amd_keys(self) -> list[Key]:
+        """Keys whose placement depends on nodes and on devices held by others."""
+        amd = (d for d in self.deployments() if d.spec.accelerator.vendor == "amd")
+        return [(deployment.namespace, deployment.name) for deployment in amd]
+
+    def gather(
+        self,
+        deployment: InferenceDeployment,
+        stats: Mapping[str, WorkerStats | MissingStats],
+        history: History,
+    ) -> Snapshot:
+        """Everything that is known of one fleet now. Reads the cache only."""
+        # A Service of that name counts whoever owns it: the plan must see that the name is taken.
+        service = self.cache.get(SERVICES.plural, deployment.namespace, deployment.name)
+        # Only placement on devices looks at nodes; the rest must stay cheap at 2 s a fleet.
+        amd = deployment.spec.accelerator.vendor == "amd"
+        return Snapshot(
+            deployment=deployment,
+            pods=self.pods(deployment),
+            nodes=self.nodes() if amd else (),
+            device_use=self.device_use() if amd else {},
+            stats=stats,
+            children={} if service is None else {("Service", deployment.name): service},
+            history=history,
+        )
+
+    def nodes(self) -> tuple[NodeView, ...]:
+        """Every node, by name; the same tuple until one changes."""
+        now, held = self.cache.changes(NODES.plural), self._views.all_nodes
+        if held is None or held[0] != now:
+            nodes = tuple(self._node(body) for body in self.cache.all(NODES.plural))
+            held = self._views.all_nodes = (now, nodes)
+        return held[1]
+
+    def device_use(self) -> Mapping[str, Mapping[str, float]]:
+        """AMD devices asked for on each node, by our pods and by those of others."""
+        now, held = self.cache.changes(PODS.plural), self._views.use
+        if held is None or held[0] != now:
+            ours = (self._pod(body) for body in self.cache.all(PODS.plural))
+            held = self._views.use = (now, device_use((*ours, *self._foreign)))
+        return held[1]
+
+    def _pod(self, body: Json) -> PodView:
+        uid, now = body["metadata"]["uid"], version(body)
+        held = self._views.pods.get(uid)
+        if held is None or held[0] != now:
+            held = self._views.pods[uid] = (now, pod_view(body))
+        return held[1]
+
+    def _node(self, body: Json) -> NodeView:
+        uid, now = body["metadata"]["uid"], version(body)
+        held = self._views.nodes.get(uid)
+        if held is None or held[0] != now:
+            held = self._views.nodes[uid] = (now, node_view(body))
+        return held[1]
+
+
+def _controller(body: Mapping[str, Any]) -> str | None:
+    """UID of the controlling owner."""
+    for owner in body["metadata"].get("ownerReferences") or ():
+        if owner.get("controller"):
+            return str(owner["uid"])
+    return None

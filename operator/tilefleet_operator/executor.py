@@ -1,0 +1,216 @@
+"""The operator's writes: the actions of one plan, its events, its status.
+
+It decides nothing: order and content come from the plan. It does not know why anything is done.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from tilefleet_operator.api import API_VERSION, KIND, PLURAL
+from tilefleet_operator.cache import Key, ObjectCache
+from tilefleet_operator.client import ApiClient
+from tilefleet_operator.errors import ApiError, Conflict, NotFound
+from tilefleet_operator.plan import Action, Apply, Delete, Drain, Plan
+from tilefleet_operator.resources import BY_KIND, DEPLOYMENTS, EVENTS, PODS, Resource
+from tilefleet_operator.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+PostDrain = Callable[[str, int, float], Awaitable[None]]
+"""(pod IP, port, timeout in seconds); never raises for a worker that does not answer."""
+
+_MESSAGE_LIMIT = 1024  # the API server refuses a longer note
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The InferenceDeployment that a plan is for."""
+
+    namespace: str
+    name: str
+    uid: str
+
+    @property
+    def key(self) -> Key:
+        """Its key."""
+        return self.namespace, self.name
+
+
+class Executor:
+    """Carries out plans through one API client; own writes become expectations of the cache."""
+
+    def __init__(
+        self,
+        api: ApiClient,
+        cache: ObjectCache,
+        telemetry: Telemetry,
+        post_drain: PostDrain,
+        identity: str,
+    ) -> None:
+        self.api, self.cache, self.telemetry = api, cache, telemetry
+        self.post_drain, self.identity = post_drain, identity
+
+    async def execute(self, owner: Owner, plan: Plan) -> None:
+        """Drain, delete, apply, then events, then status, which is written whatever failed.
+
+        Independent children do not wait for each other's errors: all are tried, and all errors are
+        raised together as an ExceptionGroup of ApiError. LeaseLost is raised at once.
+        """
+        errors: list[Exception] = []
+        for kind in (Drain, Delete, Apply):
+            chosen = [action for action in plan.actions if isinstance(action, kind)]
+            errors += await self._all(owner.key, chosen)
+        events = [*plan.events, *(_failure_event(error) for error in errors)]
+        for type_, reason, message in events:
+            await self._event(owner, type_, reason, message)
+        if plan.status is not None:
+            try:
+                await self._status(owner, plan)
+            except ApiError as error:
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup(
+                f"{len(errors)} of the writes for {owner.namespace}/{owner.name}", errors
+            )
+
+    async def _all(self, key: Key, actions: Sequence[Action]) -> list[Exception]:
+        results = await asyncio.gather(
+            *(self._act(key, action) for action in actions), return_exceptions=True
+        )
+        errors: list[Exception] = []
+        for action, result in zip(actions, results, strict=True):
+            outcome = "ok" if result is None else "error"
+            self.telemetry.actions.labels(type(action).__name__.lower(), outcome).inc()
+            if isinstance(result, ApiError):
+                errors.append(result)
+            elif result is not None:
+                raise result
+        return errors
+
+    async def _act(self, key: Key, action: Action) -> None:
+        what = f"{type(action).__name__.lower()} {action.kind} {action.namespace}/{action.name}"
+        logger.info("%s: %s", what, action.why)
+        if isinstance(action, Delete):
+            await self._delete(key, action)
+        elif isinstance(action, Drain):
+            await self._apply(key, PODS, action.body, action.field_manager)
+            if action.ip is not None:
+                await self.post_drain(action.ip, action.port, action.timeout_seconds)
+        else:
+            resource = BY_KIND[action.kind]
+            await self._refuse_foreign(resource, action)
+            await self._apply(key, resource, action.body, action.field_manager)
+
+    async def _refuse_foreign(self, resource: Resource, action: Apply) -> None:
+        """Never take over an object of somebody else's by its name.
+
+        A pod needs no look: its spec cannot be changed, so the API server refuses the take-over.
+        """
+        held = self.cache.get(resource.plural, action.namespace, action.name)
+        if resource is PODS and held is None:
+            return
+        if held is None:
+            try:
+                held = await self.api.get(resource, action.namespace, action.name)
+            except NotFound:
+                return
+            self.cache.observe(resource.plural, None, held)  # the next plan says it on the object
+        if _owners(held).isdisjoint(_owners(action.body)):
+            raise Conflict(
+                409,
+                "NameTaken",
+                f"{action.kind} {action.name} exists and is not controlled by this object; delete"
+                " it, or give the InferenceDeployment another name",
+            )
+
+    async def _apply(self, key: Key, resource: Resource, body: Any, field_manager: str) -> None:
+        answer = await self.api.apply(resource, body, field_manager=field_manager)
+        metadata = answer["metadata"]
+        self.cache.expect(key, resource.plural, metadata["uid"], metadata["resourceVersion"])
+
+    async def _delete(self, key: Key, action: Delete) -> None:
+        resource = BY_KIND[action.kind]
+        try:
+            answer = await self.api.delete(resource, action.namespace, action.name, action.uid)
+        except (NotFound, Conflict):
+            # Gone already, or the name belongs to a newer object: this UID is dead either way.
+            self.cache.bury(resource.plural, action.uid)
+            return
+        metadata = answer.get("metadata") or {}
+        # Without a grace period the object is gone at once, and the watch shows only its end.
+        lingers = metadata.get("uid") == action.uid and metadata.get("deletionGracePeriodSeconds")
+        seen_at = metadata["resourceVersion"] if lingers else None
+        self.cache.expect(key, resource.plural, action.uid, seen_at)
+
+    async def _status(self, owner: Owner, plan: Plan) -> None:
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "metadata": {
+                "namespace": owner.namespace,
+                "name": owner.name,
+                "uid": owner.uid,
+            },
+            "status": plan.status,
+        }
+        try:
+            answer = await self.api.apply(DEPLOYMENTS, body, subresource="status")
+        except NotFound:
+            logger.info("%s/%s is gone, so is its status", owner.namespace, owner.name)
+            return
+        seen_at = answer["metadata"]["resourceVersion"]
+        self.cache.expect(owner.key, PLURAL, owner.uid, seen_at)
+
+    async def _event(self, owner: Owner, type_: str, reason: str, message: str) -> None:
+        """Post one Event; the same transition posted twice is one Event. Failures are logged."""
+        seen = self.cache.get(PLURAL, owner.namespace, owner.name)
+        moment = seen["metadata"]["resourceVersion"] if seen and type_ == "Normal" else ""
+        text = "\0".join((owner.uid, moment, reason, message))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        body = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {
+                "namespace": owner.namespace,
+                "name": f"{owner.name}.{digest}",
+            },
+            "involvedObject": {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "namespace": owner.namespace,
+                "name": owner.name,
+                "uid": owner.uid,
+            },
+            "type": type_,
+            "reason": reason,
+            "message": message[:_MESSAGE_LIMIT],
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+            "source": {"component": "tilefleet-operator"},
+            "reportingComponent": "tilefleet.io/operator",
+            "reportingInstance": self.identity[:128],
+        }
+        try:
+            await self.api.create(EVENTS, body)
+        except Conflict:
+            return  # posted before: the reconcile was interrupted and is repeated
+        except ApiError as error:
+            logger.warning("event %s was not posted: %s", reason, error)
+
+
+def _failure_event(error: Exception) -> tuple[str, str, str]:
+    return ("Warning", "WriteFailed", str(error))
+
+
+def _owners(body: Any) -> set[str]:
+    """UIDs of the controlling owners."""
+    references = body["metadata"].get("ownerReferences") or ()
+    return {owner["uid"] for owner in references if owner.get("controller")}

@@ -1,0 +1,113 @@
+"""kopf as a shell: its watch events fill the cache and mark keys dirty. Nothing else is kopf's.
+
+No timers, daemons, indices or create/update handlers: they die silently after one failed patch, or
+scale badly. It does not know what a reconcile does.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import kopf
+
+from tilefleet_operator.api import GROUP, PLURAL, VERSION
+from tilefleet_operator.cache import Key, ObjectCache, child_key
+from tilefleet_operator.cluster import Cluster
+from tilefleet_operator.login import Login
+from tilefleet_operator.observed import LABEL_DEPLOYMENT
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_LIFE = timedelta(minutes=5)
+
+
+class Shell:
+    """Handlers of one kopf operator.
+
+    dirty: called with each key whose view changed. relisted: called when kopf lists again after a
+    broken watch; deletions of the gap are then unknown until somebody lists and prunes.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        login: Login,
+        dirty: Callable[[Key], None],
+        relisted: Callable[[], None],
+    ) -> None:
+        self.cluster, self.login = cluster, login
+        self.dirty, self.relisted = dirty, relisted
+
+    @property
+    def cache(self) -> ObjectCache:
+        """Where events go."""
+        return self.cluster.cache
+
+    def registry(self) -> kopf.OperatorRegistry:
+        """All handlers, in a registry of their own."""
+        registry = kopf.OperatorRegistry()
+        kopf.on.startup(registry=registry)(configure)
+        kopf.on.login(registry=registry)(self._login)
+        kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(self._deployment)
+        kopf.on.event("v1", "pods", registry=registry)(self._pod)
+        kopf.on.event("v1", "services", registry=registry)(self._service)
+        kopf.on.event("v1", "nodes", registry=registry)(self._node)
+        return registry
+
+    async def _login(self, **_: Any) -> kopf.ConnectionInfo:
+        return kopf.ConnectionInfo(
+            server=self.login.server,
+            ca_path=self.login.ca_path,
+            insecure=self.login.insecure,
+            token=self.login.token(),
+            certificate_path=self.login.certificate_path,
+            private_key_path=self.login.private_key_path,
+            # kopf asks again at the end of this time, so that a renewed token is read.
+            expiration=datetime.now(UTC) + _TOKEN_LIFE,
+        )
+
+    async def _deployment(
+        self, event: Mapping[str, Any], namespace: str, name: str, **_: Any
+    ) -> None:
+        if self._observe(PLURAL, event):
+            self.dirty((namespace, name))
+
+    async def _pod(self, event: Any, **_: Any) -> None:
+        self._child("pods", event)
+
+    async def _service(self, event: Any, **_: Any) -> None:
+        self._child("services", event)
+
+    async def _node(self, event: Any, **_: Any) -> None:
+        """Heartbeats change a node's version, but not what placement reads of it."""
+        before = self.cluster.nodes()
+        if self._observe("nodes", event) and self.cluster.nodes() != before:
+            for key in self.cluster.amd_keys():
+                self.dirty(key)
+
+    def _child(self, plural: str, event: Mapping[str, Any]) -> None:
+        changed = self._observe(plural, event)
+        key = child_key(event["object"])
+        if changed and key is not None:
+            self.dirty(key)
+
+    def _observe(self, plural: str, event: Mapping[str, Any]) -> bool:
+        if event["type"] is None:
+            self.relisted()
+        return self.cache.observe(plural, event["type"], event["object"])
+
+
+async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
+    """Settings of kopf: it posts nothing, discovers nothing, and notices a dead connection."""
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.connect_timeout = 10
+    settings.watching.inactivity_timeout = 70
+    settings.watching.chunk_size = 500
+    settings.watching.label_selectors["v1", "pods"] = LABEL_DEPLOYMENT
+    settings.watching.label_selectors["v1", "services"] = LABEL_DEPLOYMENT
+    # These keep two kopf operators from fighting over one object, should a handler ever store.
+    settings.persistence.finalizer = f"{GROUP}/operator"
