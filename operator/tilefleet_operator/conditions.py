@@ -26,6 +26,8 @@ TYPES = (
 )
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+# A replica that has just become ready may not have been asked since.
+FIRST_ANSWER_SECONDS = 10.0
 # One restart may be a bad moment of the node; the third is a pattern.
 CRASH_RESTARTS = 3
 
@@ -34,11 +36,13 @@ CRASH_RESTARTS = 3
 class Facts:
     """What the conditions are about.
 
-    wanted: replicas that ought to exist. needed: replicas that load asks for, before limits. fit:
-    judgement of the AMD nodes, None on vendor cpu. conflict: why the Service cannot be written.
+    now: seconds since the epoch. wanted: replicas that ought to exist. needed: replicas that load
+    asks for, before limits. fit: judgement of the AMD nodes, None on vendor cpu. conflict: why the
+    Service cannot be written.
     """
 
     snapshot: Snapshot
+    now: float
     fleet: Fleet
     wanted: int
     needed: int
@@ -135,6 +139,7 @@ def _metrics_available(facts: Facts) -> Condition:
         (pod.name, answer.reason)
         for pod in ready
         if isinstance(answer := stats.get(pod.uid), MissingStats)
+        and facts.now - (pod.ready_since or 0.0) >= FIRST_ANSWER_SECONDS
     ]
     if not silent:
         return Condition(kind, "True", "Fresh", "every ready replica answers")

@@ -55,7 +55,8 @@ __all__ = [
 class PodView:
     """What a decision needs to know of one Pod.
 
-    created, deletion_requested, drain_started: seconds since the epoch, None when not so.
+    created, deletion_requested, drain_started, ready_since: seconds since the epoch, None when
+    not so.
     requests: resource name → quantity, summed over containers. owner_uid: UID of the controller.
     """
 
@@ -77,6 +78,7 @@ class PodView:
     state: str = ACTIVE
     deletion_requested: float | None = None
     drain_started: float | None = None
+    ready_since: float | None = None
     requests: Mapping[str, float] = field(default_factory=dict)
     owner_uid: str = ""
 
@@ -256,9 +258,16 @@ def pod_view(obj: Mapping[str, Any]) -> PodView:
         state=labels.get(LABEL_STATE, ACTIVE),
         deletion_requested=timestamp(deleted) if deleted else None,
         drain_started=timestamp(drained) if drained else None,
+        ready_since=_ready_since(conditions),
         requests=_requests(spec),
         owner_uid=owner_uid(metadata),
     )
+
+
+def _ready_since(conditions: Mapping[str, Mapping[str, Any]]) -> float | None:
+    ready = conditions.get("Ready", {})
+    since = ready.get("lastTransitionTime")
+    return timestamp(since) if ready.get("status") == "True" and since else None
 
 
 def owner_uid(metadata: Mapping[str, Any]) -> str:

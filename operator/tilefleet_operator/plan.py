@@ -142,7 +142,7 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
         draining = bool(pods.draining) or any(isinstance(a, Drain) for a in actions)
         waits += [step.wait_seconds, DRAIN_POLL_SECONDS if draining else None]
     waits.append(CONFLICT_RETRY_SECONDS if conflict else None)
-    facts = Facts(snapshot, pods, decision.desired, decision.recommended, fit, conflict)
+    facts = Facts(snapshot, now, pods, decision.desired, decision.recommended, fit, conflict)
     report = _report(facts, decision, revision)
     new = status.build(report, deployment.status, now)
     waits.append(status.telemetry_wait(report, deployment.status, now))
