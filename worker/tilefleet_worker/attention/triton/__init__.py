@@ -1,0 +1,1 @@
+"""Tiled attention in Triton over the paged KV pool: ROCm and CUDA from one source."""

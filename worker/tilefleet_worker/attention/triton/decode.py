@@ -1,0 +1,176 @@
+"""Paged decode attention: one query token a sequence, KV split by a fixed length, reduced in order.
+
+A program computes one (sequence, KV head, split): all query heads of the group against `SPLIT` keys.
+The last program to finish a (sequence, KV head) combines the partial results in index order, so the
+sum's order never depends on timing, and one launch does the whole layer. The split length depends on
+nothing but the architecture (tiles.py): a request gets the same bits alone and in any batch.
+
+Sources: FlashAttention-2 (arXiv 2307.08691), split-KV decoding (Flash-Decoding, PyTorch blog 2023),
+paged KV (arXiv 2309.06180). Knows nothing of requests, schedulers or models.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+from tilefleet_worker.attention.triton.tiles import DecodeTile, compute_type, launch_options
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _scores(q, k, scale_log2, softcap_log2, SOFTCAP: tl.constexpr, CT: tl.constexpr):
+    """Scores in units of log2(e), [rows, keys], fp32."""
+    s = tl.dot(q, tl.trans(k).to(CT)) * scale_log2
+    if SOFTCAP:
+        # cap·tanh(s/cap) through exp2: tanh(x) = 1 − 2/(exp(2x) + 1); s carries log2(e) already
+        s = softcap_log2 * (
+            1.0 - 2.0 / (tl.exp2(2.0 * 1.4426950408889634 * s / softcap_log2) + 1.0)
+        )
+    return s
+
+
+@triton.jit
+def paged_decode_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, sink_ptr, out_ptr, part_ptr, stat_ptr, count_ptr,
+    scale_log2, softcap_log2, window,
+    stride_q, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_table, splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """Grid: (KV heads, splits, sequences); heads vary fastest: neighbours share DRAM pages."""
+    head, split, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context = tl.load(context_ptr + seq)
+    first = tl.maximum(context - window, 0) if WINDOW else 0
+    first_split = first // SPLIT
+    if (split * SPLIT >= context) | (split < first_split):
+        return
+    used = tl.cdiv(context, SPLIT) - first_split
+
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, DIM_PAD)
+    t = tl.arange(0, TILE)
+    row_ok, dim_ok = r < GROUP, d < DIM
+    q_head = head * GROUP + r
+    q = tl.load(
+        q_ptr + seq.to(tl.int64) * stride_q + q_head[:, None] * DIM + d[None, :],
+        mask=row_ok[:, None] & dim_ok[None, :], other=0.0,
+    ).to(CT)  # fmt: skip
+    m = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    begin = split * SPLIT
+    end = tl.minimum(begin + SPLIT, context)
+    table = table_ptr + seq.to(tl.int64) * stride_table
+    for start in tl.range(tl.maximum(begin, first // TILE * TILE), end, TILE):
+        pos = start + t
+        ok = pos < end
+        if WINDOW:
+            ok = ok & (pos >= first)
+        if BLOCK >= TILE:  # one page holds the tile: one scalar load instead of TILE
+            page = tl.load(table + start // BLOCK).to(tl.int64)
+            slot = start % BLOCK + t
+            k_row, v_row = page * stride_kb + slot * stride_kt, page * stride_vb + slot * stride_vt
+        else:
+            page = tl.load(table + pos // BLOCK, mask=ok, other=0).to(tl.int64)
+            k_row = page * stride_kb + (pos % BLOCK) * stride_kt
+            v_row = page * stride_vb + (pos % BLOCK) * stride_vt
+        load_ok = ok[:, None] & dim_ok[None, :]
+        k = tl.load(k_ptr + k_row[:, None] + head * stride_kh + d[None, :], mask=load_ok, other=0.0)
+        v = tl.load(v_ptr + v_row[:, None] + head * stride_vh + d[None, :], mask=load_ok, other=0.0)
+        s = tl.where(
+            ok[None, :], _scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT), -float("inf")
+        )
+        m_new = tl.maximum(m, tl.max(s, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(CT), v.to(CT), acc * alpha[:, None])
+        m = m_new
+
+    out = out_ptr + seq.to(tl.int64) * stride_q + q_head[:, None] * DIM + d[None, :]
+    out_ok = row_ok[:, None] & dim_ok[None, :]
+    if used > 1:
+        group = seq * KV_HEADS + head
+        cell = (group.to(tl.int64) * splits) * ROWS
+        here = cell + split * ROWS + r
+        tl.store(part_ptr + here[:, None] * DIM_PAD + d[None, :], acc)
+        tl.store(stat_ptr + here * 2, m)
+        tl.store(stat_ptr + here * 2 + 1, total)
+        tl.debug_barrier()  # every warp's partial is written before the counter says so
+        arrived = tl.atomic_add(count_ptr + group, 1, sem="acq_rel")
+        if arrived < used - 1:
+            return
+        tl.store(count_ptr + group, 0)  # ready for the next layer or replay
+        m = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        for i in tl.range(first_split, first_split + used):
+            there = cell + i * ROWS + r
+            # .cg: other SMs wrote these; L1 may hold older bytes
+            m_i = tl.load(stat_ptr + there * 2, cache_modifier=".cg")
+            total_i = tl.load(stat_ptr + there * 2 + 1, cache_modifier=".cg")
+            acc_i = tl.load(part_ptr + there[:, None] * DIM_PAD + d[None, :], cache_modifier=".cg")
+            m_new = tl.maximum(m, m_i)
+            a, b = tl.exp2(m - m_new), tl.exp2(m_i - m_new)
+            total = total * a + total_i * b
+            acc = acc * a[:, None] + acc_i * b[:, None]
+            m = m_new
+    if HAS_SINK:
+        # the sink is one more logit without a value: it only enlarges the denominator
+        sink = tl.load(sink_ptr + q_head, mask=row_ok, other=-float("inf")) * 1.4426950408889634
+        m_new = tl.maximum(m, sink)
+        a = tl.exp2(m - m_new)
+        total = total * a + tl.exp2(sink - m_new)
+        acc = acc * a[:, None]
+    tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_ok)
+
+
+class DecodeWorkspace:
+    """Scratch of the split-KV reduction, allocated once and shared by all layers.
+
+    Holds max_splits partial results per (sequence, KV head). The counters are zero between launches.
+    """
+
+    def __init__(
+        self, max_seqs: int, kv_heads: int, group: int, head_dim: int, max_context: int, tile: DecodeTile,
+        device: torch.device | str,
+    ) -> None:  # fmt: skip
+        rows, dim = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(head_dim)
+        self.splits = triton.cdiv(max_context, tile.split)
+        cells = max_seqs * kv_heads * self.splits * rows if self.splits > 1 else 0
+        self.partial = torch.empty(max(1, cells) * dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(max(1, cells) * 2, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(max_seqs * kv_heads, dtype=torch.int32, device=device)
+
+
+def paged_decode(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    context_lens: torch.Tensor, out: torch.Tensor, workspace: DecodeWorkspace, tile: DecodeTile,
+    scale: float, max_context: int, window: int = 0, softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of one new token a sequence over its paged context, which includes that token.
+
+    q, out: [seqs, heads, head_dim], contiguous. k_cache, v_cache: [blocks, block, kv_heads, head_dim]
+    (any strides but the last, which is 1; more than 2^31 elements are fine). block_table: int32
+    [seqs, max blocks]. context_lens: int32 [seqs], each ≥ 1 and ≤ max_context. window: keys visible, 0 = all.
+    softcap: scores become cap·tanh(score / cap), 0 = off. sinks: fp32 [heads], one valueless logit a head.
+    Writes and returns `out`. Bits depend on the sequence alone, never on its batch-mates.
+    """
+    seqs, heads, dim = q.shape
+    block, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    group = heads // kv_heads
+    splits = triton.cdiv(max_context, tile.split)
+    paged_decode_kernel[(kv_heads, splits, seqs)](
+        q, k_cache, v_cache, block_table, context_lens, sinks if sinks is not None else q, out,
+        workspace.partial, workspace.stats, workspace.counters,
+        scale * LOG2_E, softcap * LOG2_E, window,
+        q.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0), workspace.splits,
+        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim,
+        DIM_PAD=triton.next_power_of_2(dim), BLOCK=block, TILE=tile.tile, SPLIT=tile.split,
+        HAS_SINK=sinks is not None, SOFTCAP=softcap > 0, WINDOW=window > 0,
+        CT=compute_type(q.dtype), **launch_options(tile),
+    )  # fmt: skip
+    return out

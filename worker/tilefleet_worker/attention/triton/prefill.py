@@ -1,0 +1,154 @@
+"""Paged variable-length prefill attention: FlashAttention-2 tiles over the KV pool.
+
+A program computes `rows` query tokens of one head against that sequence's whole visible context, so
+chunked prefill, mixed batches and fresh prompts are one call: queries are the last `query_len` tokens of
+the context. KV tiles start at position 0 and not at the chunk, so chunking changes no bits.
+
+Source: FlashAttention-2 (arXiv 2307.08691). Knows nothing of requests, schedulers or models.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import triton
+import triton.language as tl
+from tilefleet_worker.attention.triton.decode import LOG2_E, _scores
+from tilefleet_worker.attention.triton.tiles import PrefillTile, compute_type, launch_options
+
+
+@triton.jit
+def _rows(start, t, table, stride_b, stride_t, ok, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Element offsets of TILE cache rows, int64 [TILE]."""
+    if BLOCK >= TILE:  # one page holds the tile: one scalar load instead of TILE
+        return (
+            tl.load(table + start // BLOCK).to(tl.int64) * stride_b + (start % BLOCK + t) * stride_t
+        )
+    page = tl.load(table + (start + t) // BLOCK, mask=ok, other=0).to(tl.int64)
+    return page * stride_b + ((start + t) % BLOCK) * stride_t
+
+
+@triton.jit
+def paged_prefill_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, tile_ptr, sink_ptr, out_ptr,
+    scale_log2, softcap_log2, window,
+    stride_q, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_table,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """Grid: (heads, query tiles); heads vary fastest, so a group's heads share KV through the L2."""
+    head, work = tl.program_id(0), tl.program_id(1)
+    # tile row: sequence, first query row in q, query rows, position of the first query row
+    seq = tl.load(tile_ptr + work * 4)
+    row0 = tl.load(tile_ptr + work * 4 + 1)
+    count = tl.load(tile_ptr + work * 4 + 2)
+    pos0 = tl.load(tile_ptr + work * 4 + 3)
+    r, d, t = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, TILE)
+    row_ok, dim_ok = r < count, d < DIM
+    q_off = (row0 + r).to(tl.int64)[:, None] * stride_q + head * DIM + d[None, :]
+    q = tl.load(q_ptr + q_off, mask=row_ok[:, None] & dim_ok[None, :], other=0.0).to(CT)
+    q_pos = pos0 + r
+    m = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    table = table_ptr + seq.to(tl.int64) * stride_table
+    k_base, v_base = k_ptr + (head // GROUP) * stride_kh, v_ptr + (head // GROUP) * stride_vh
+    end = pos0 + count
+    first = tl.maximum(pos0 - window + 1, 0) // TILE * TILE if WINDOW else 0
+    # below `full` every key is visible to every row: no mask, except at a window's lower edge
+    full = pos0 // TILE * TILE
+    if not WINDOW:
+        for start in tl.range(0, full, TILE):
+            k_row = _rows(start, t, table, stride_kb, stride_kt, t >= 0, BLOCK, TILE)
+            v_row = _rows(start, t, table, stride_vb, stride_vt, t >= 0, BLOCK, TILE)
+            k = tl.load(k_base + k_row[:, None] + d[None, :], mask=dim_ok[None, :], other=0.0)
+            v = tl.load(v_base + v_row[:, None] + d[None, :], mask=dim_ok[None, :], other=0.0)
+            s = _scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            alpha = tl.exp2(m - m_new)
+            p = tl.exp2(s - m_new[:, None])
+            total = total * alpha + tl.sum(p, 1)
+            acc = tl.dot(p.to(CT), v.to(CT), acc * alpha[:, None])
+            m = m_new
+    for start in tl.range(first if WINDOW else full, end, TILE):
+        key = start + t
+        ok = key < end
+        k_row = _rows(start, t, table, stride_kb, stride_kt, ok, BLOCK, TILE)
+        v_row = _rows(start, t, table, stride_vb, stride_vt, ok, BLOCK, TILE)
+        load_ok = ok[:, None] & dim_ok[None, :]
+        k = tl.load(k_base + k_row[:, None] + d[None, :], mask=load_ok, other=0.0)
+        v = tl.load(v_base + v_row[:, None] + d[None, :], mask=load_ok, other=0.0)
+        seen = key[None, :] <= q_pos[:, None]
+        if WINDOW:
+            seen = seen & (key[None, :] > q_pos[:, None] - window)
+        s = tl.where(seen, _scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT), -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        # a row may see no key of this tile while it has seen none before: keep exp2 away from inf − inf
+        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha = tl.exp2(m - m_safe)
+        p = tl.exp2(s - m_safe[:, None])
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(CT), v.to(CT), acc * alpha[:, None])
+        m = m_new
+    if HAS_SINK:
+        sink = tl.load(sink_ptr + head) * 1.4426950408889634
+        m_new = tl.maximum(m, sink)
+        a = tl.exp2(m - m_new)
+        total = total * a + tl.exp2(sink - m_new)
+        acc = acc * a[:, None]
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + q_off, out, mask=row_ok[:, None] & dim_ok[None, :])
+
+
+@dataclass(frozen=True)
+class PrefillTiles:
+    """The step's query tiles: int32 [tiles, 4] of (sequence, first query row, rows, first position)."""
+
+    table: torch.Tensor
+
+
+def prefill_tiles(
+    query_lens: list[int], context_lens: list[int], rows: int, device: torch.device | str
+) -> PrefillTiles:
+    """Cut a step's queries into tiles, the tile with the longest context first.
+
+    query_lens: new tokens a sequence, may be 0. context_lens: tokens a sequence including the new ones.
+    The longest first keeps the last wave short, as the work of a causal tile grows with its position.
+    Made once a step on the host and shared by all layers.
+    """
+    tiles, row0 = [], 0
+    for seq, (length, context) in enumerate(zip(query_lens, context_lens, strict=True)):
+        tiles += [
+            (seq, row0 + start, min(rows, length - start), context - length + start)
+            for start in range(0, length, rows)
+        ]
+        row0 += length
+    tiles.sort(key=lambda tile: -tile[3])
+    return PrefillTiles(torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4).to(device))
+
+
+def paged_prefill(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    tiles: PrefillTiles, out: torch.Tensor, tile: PrefillTile, scale: float, window: int = 0,
+    softcap: float = 0.0, sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Causal attention of each sequence's new tokens over its paged context.
+
+    q, out: [tokens, heads, head_dim], contiguous, sequences one after another. k_cache, v_cache:
+    [blocks, block, kv_heads, head_dim]. block_table: int32 [seqs, max blocks]. tiles: prefill_tiles() of this
+    step with `tile.rows`. window, softcap, sinks: as in paged_decode. Writes and returns `out`.
+    """
+    _, heads, dim = q.shape
+    count = tiles.table.shape[0]
+    if count == 0:
+        return out
+    paged_prefill_kernel[(heads, count)](
+        q, k_cache, v_cache, block_table, tiles.table, sinks if sinks is not None else q, out,
+        scale * LOG2_E, softcap * LOG2_E, window,
+        q.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
+        GROUP=heads // k_cache.shape[2], ROWS=tile.rows, DIM=dim, DIM_PAD=triton.next_power_of_2(dim),
+        BLOCK=k_cache.shape[1], TILE=tile.tile, HAS_SINK=sinks is not None, SOFTCAP=softcap > 0,
+        WINDOW=window > 0, CT=compute_type(q.dtype), **launch_options(tile),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,64 @@
+"""Tile table: which tile sizes each architecture runs, with the evidence beside each entry.
+
+No tuning at run time. An architecture that is not listed gets `fallback` and one warning from the
+caller. sm90: swept on an H100 80GB, torch 2.11, Triton 3.6, 2026-11-24, block 64, bf16, with
+`benchmarks/gpu_attention.py --sweep`; figures in docs/design/triton-attention.md. gfx942, gfx950:
+starting points from public kernels' shapes; neither compiled in CI nor measured yet.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """tile: keys per loop step. split: keys per program, fixed, a multiple of tile."""
+
+    tile: int
+    split: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """rows: query tokens per program. tile: keys per loop step."""
+
+    rows: int
+    tile: int
+    warps: int
+    stages: int
+
+
+DECODE: dict[str, DecodeTile] = {
+    "sm90": DecodeTile(tile=64, split=1024, warps=8, stages=3),
+    "gfx942": DecodeTile(tile=64, split=512, warps=2, stages=2),
+    "gfx950": DecodeTile(tile=64, split=512, warps=2, stages=2),
+    "fallback": DecodeTile(tile=32, split=512, warps=4, stages=2),
+}
+PREFILL: dict[str, PrefillTile] = {
+    "sm90": PrefillTile(rows=64, tile=64, warps=4, stages=3),
+    "gfx942": PrefillTile(rows=128, tile=64, warps=8, stages=1),
+    "gfx950": PrefillTile(rows=128, tile=64, warps=8, stages=1),
+    "fallback": PrefillTile(rows=64, tile=32, warps=4, stages=2),
+}
+
+
+def compute_type(dtype: torch.dtype) -> tl.dtype:
+    """Operand type of the matrix products: the cache's type, fp32 where Triton's interpreter runs.
+
+    The interpreter treats bf16 arithmetic as arithmetic on its bits (triton 3.9), hence the switch.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return tl.float32
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
+
+
+def launch_options(tile: DecodeTile | PrefillTile) -> dict[str, Any]:
+    """Launch options; fp fusion is pinned: Triton 3.10 changes its default, and with it bits."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
