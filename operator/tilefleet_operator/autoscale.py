@@ -259,7 +259,7 @@ def _shrink(
     measured: Decision, held: int, candidate: int, history: History, policy: Policy, now: float
 ) -> Decision:
     if candidate >= held:
-        return replace(measured, reason=f"{held} replicas suit the load")
+        return replace(measured, reason="the size suits the load")
     known = now - history.frames[0].time
     if known < policy.down_window:
         return replace(
@@ -278,5 +278,5 @@ def _shrink(
     return replace(
         measured,
         desired=desired,
-        reason=f"{candidate} replicas are enough for the largest load of the window",
+        reason=f"{candidate} suffice for the largest load of the scale-down window",
     )

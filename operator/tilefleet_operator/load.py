@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tilefleet_operator.observed import History, WorkerStats
 
@@ -135,7 +136,7 @@ def saturated_capacity(history: History, now: float) -> float | None:
     Full between two polls: at both, requests waited long or nine tenths of maxConcurrent ran.
     """
     tokens = time = evidence = 0.0
-    for before, after in zip(history.frames, history.frames[1:], strict=False):
+    for before, after in pairwise(history.frames):
         age, elapsed = now - after.time, after.time - before.time
         if age > SATURATED_MAX_AGE or elapsed <= 0:
             continue

@@ -78,8 +78,12 @@ def pod(name: str, revision: str, **changes: Any) -> PodView:
 
 
 def stats(**changes: Any) -> WorkerStats:
-    """An answer of a worker; keyword arguments go to the counters, gauges or the answer itself."""
-    counters = {k: v for k, v in changes.items() if k in Counters.__dataclass_fields__}
+    """An answer of a worker; keyword arguments go to the counters, gauges or the answer itself.
+
+    `steps` is the answer's reservoir, not the counter of the same name.
+    """
+    names = Counters.__dataclass_fields__.keys() - {"steps"}
+    counters = {k: v for k, v in changes.items() if k in names}
     gauges = {k: v for k, v in changes.items() if k in Gauges.__dataclass_fields__}
     rest = {k: v for k, v in changes.items() if k not in counters and k not in gauges}
     gauges.setdefault("max_concurrent", 256)
