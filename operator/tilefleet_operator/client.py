@@ -1,8 +1,8 @@
-"""A client of the Kubernetes API: eight verbs over plain JSON.
+"""A client of the Kubernetes API: six verbs over plain JSON.
 
-Each request has a time limit, each mutating request passes a guard and a token bucket, each failure
-is a typed ApiError that carries what the server asked for. Nothing is retried here: whoever owns
-the key decides, by backoff of its queue. It does not know what is written, nor why.
+Each request has a time limit, each mutating one passes a guard and a token bucket, each failure is
+a typed ApiError. Nothing is retried here: the owner of the key decides, by the backoff of its
+queue. It does not know what is written, nor why.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
@@ -31,7 +30,6 @@ from tilefleet_operator.rate import TokenBucket
 from tilefleet_operator.resources import LEASES, Resource, path
 
 Json = dict[str, Any]
-
 LIST_CHUNK = 500
 _ERRORS = {403: Forbidden, 404: NotFound, 409: Conflict, 410: Gone, 422: Unprocessable}
 
@@ -73,12 +71,7 @@ class ApiClient:
         self._session = aiohttp.ClientSession(connector=connector)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._session is not None:
             await self._session.close()
 
@@ -101,10 +94,7 @@ class ApiClient:
         label_selector: str = "",
         field_selector: str = "",
     ) -> ListResult:
-        """All objects, read in chunks; one consistent version.
-
-        A continue token that expired in the middle starts the list anew, in one piece.
-        """
+        """All objects at one version, in chunks; in one piece if a chunk's token expired."""
         selectors = {"labelSelector": label_selector, "fieldSelector": field_selector}
         query = {key: value for key, value in selectors.items() if value}
         where = path(resource, namespace, None)
@@ -210,7 +200,10 @@ class ApiClient:
                 self._observer(verb, resource.plural, status, time.monotonic() - started)
         if status >= 400:
             raise _failure(verb, where, status, headers, payload)
-        result: Json = json.loads(payload)
+        try:
+            result: Json = json.loads(payload)
+        except ValueError as error:
+            raise ApiError(status, "BadBody", f"no JSON: {error}", f"{verb} {where}") from error
         return result
 
     async def _send(

@@ -134,10 +134,9 @@ class Cluster:
                 yield found
 
     def pods(self, deployment: InferenceDeployment) -> tuple[PodView, ...]:
-        """Pods that this very object controls; a label alone makes no pod ours."""
+        """Pods that carry the object's label; a plan tells ours from others by their owner."""
         key = (deployment.namespace, deployment.name)
-        bodies = self.cache.children(PODS.plural, key)
-        return tuple(self._pod(body) for body in bodies if _controller(body) == deployment.uid)
+        return tuple(self._pod(body) for body in self.cache.children(PODS.plural, key))
 
     def poll_targets(self) -> dict[Key, tuple[PodView, ...]]:
         """Pods whose /stats are needed: serving ones of Auto fleets, draining ones of all."""
@@ -147,7 +146,8 @@ class Cluster:
             wanted = tuple(
                 pod
                 for pod in self.pods(deployment)
-                if pod.ip and not pod.terminating and not pod.finished
+                if pod.owner_uid == deployment.uid
+                and pod.ip and not pod.terminating and not pod.finished
                 and (pod.state == DRAINING or (auto and pod.ready))
             )  # fmt: skip
             if wanted:
@@ -209,11 +209,3 @@ class Cluster:
         if held is None or held[0] != now:
             held = self._views.nodes[uid] = (now, node_view(body))
         return held[1]
-
-
-def _controller(body: Mapping[str, Any]) -> str | None:
-    """UID of the controlling owner."""
-    for owner in body["metadata"].get("ownerReferences") or ():
-        if owner.get("controller"):
-            return str(owner["uid"])
-    return None

@@ -15,6 +15,7 @@ from tilefleet_operator.api import API_VERSION, KIND, PLURAL
 from tilefleet_operator.cache import Key, ObjectCache
 from tilefleet_operator.client import ApiClient
 from tilefleet_operator.errors import ApiError, Conflict, NotFound
+from tilefleet_operator.observed import owner_uid
 from tilefleet_operator.plan import Action, Apply, Delete, Drain, Plan
 from tilefleet_operator.resources import BY_KIND, DEPLOYMENTS, EVENTS, PODS, Resource
 from tilefleet_operator.telemetry import Telemetry
@@ -121,7 +122,7 @@ class Executor:
             except NotFound:
                 return
             self.cache.observe(resource.plural, None, held)  # the next plan says it on the object
-        if _owners(held).isdisjoint(_owners(action.body)):
+        if owner_uid(held["metadata"]) != owner_uid(action.body["metadata"]):
             raise Conflict(
                 409,
                 "NameTaken",
@@ -208,9 +209,3 @@ class Executor:
 
 def _failure_event(error: Exception) -> tuple[str, str, str]:
     return ("Warning", "WriteFailed", str(error))
-
-
-def _owners(body: Any) -> set[str]:
-    """UIDs of the controlling owners."""
-    references = body["metadata"].get("ownerReferences") or ()
-    return {owner["uid"] for owner in references if owner.get("controller")}

@@ -67,11 +67,10 @@ class Shell:
             expiration=datetime.now(UTC) + _TOKEN_LIFE,
         )
 
-    async def _deployment(
-        self, event: Mapping[str, Any], namespace: str, name: str, **_: Any
-    ) -> None:
+    async def _deployment(self, event: Any, **_: Any) -> None:
+        metadata = event["object"]["metadata"]
         if self._observe(PLURAL, event):
-            self.dirty((namespace, name))
+            self.dirty((metadata["namespace"], metadata["name"]))
 
     async def _pod(self, event: Any, **_: Any) -> None:
         self._child("pods", event)
