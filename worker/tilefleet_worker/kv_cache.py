@@ -1,0 +1,68 @@
+"""The KV cache: one allocation, its size decided before it is made."""
+
+from collections.abc import Sequence
+
+import torch
+
+from tilefleet_worker.errors import ConfigError
+from tilefleet_worker.model_config import ModelConfig
+
+_BYTES_PER_VALUE = 4  # fp32
+
+
+def block_bytes(config: ModelConfig, block_size: int) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    values = config.num_layers * 2 * block_size * config.num_kv_heads * config.head_dim
+    return values * _BYTES_PER_VALUE
+
+
+def num_blocks_for(config: ModelConfig, block_size: int, kv_cache_bytes: int) -> int:
+    """Blocks that fit the memory, beside the spare one. Raises ConfigError below two blocks."""
+    size = block_bytes(config, block_size)
+    count = kv_cache_bytes // size - 1
+    if count < 1:
+        raise ConfigError(
+            f"The KV cache has {kv_cache_bytes} bytes, but a block of {block_size} tokens takes "
+            f"{size} and two are needed: give it at least {2 * size} bytes."
+        )
+    return count
+
+
+class KVCache:
+    """One tensor [layers, 2, blocks + 1, block_size, kv_heads, head_dim] of fp32, zeroed.
+
+    The block after the last is a spare of nobody: self-checks write there, and padding reads it.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (
+            config.num_layers,
+            2,
+            num_blocks + 1,
+            block_size,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        # Filling touches every page now: a limit that is too low shows at start, not under load.
+        self._tensor = torch.empty(shape, dtype=torch.float32).zero_()
+        self._layers = tuple(self._tensor.unbind(0))
+
+    @property
+    def spare_block_id(self) -> int:
+        """Id of the block that belongs to no request."""
+        return self.num_blocks
+
+    def layer(self, index: int) -> torch.Tensor:
+        """Keys and values of one layer: [2, blocks + 1, block_size, kv_heads, head_dim]."""
+        return self._layers[index]
+
+    def scrub(self, block_ids: Sequence[int]) -> None:
+        """Replace values that are not finite by 0 in these blocks.
+
+        A masked position is multiplied by 0, and 0 × NaN is NaN: what a faulty request leaves
+        behind would reach the next owner of its blocks. Finite values do not change.
+        """
+        for block in block_ids:
+            self._tensor[:, :, block].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,69 @@
+"""The runner: the only part that knows the device. A plan goes in, tokens come out."""
+
+import torch
+
+from tilefleet_worker.attention.base import AttentionBackend
+from tilefleet_worker.batch import build_batch
+from tilefleet_worker.errors import EngineError
+from tilefleet_worker.kv_cache import KVCache
+from tilefleet_worker.models import Model
+from tilefleet_worker.request import SamplingParams
+from tilefleet_worker.sampler import sample
+from tilefleet_worker.step import StepPlan, StepResult, StepRow
+
+_CHECK_ID = "self-check"
+
+
+class Runner:
+    """Owns model and cache; keeps nothing about requests, so a row can be run again."""
+
+    def __init__(self, model: Model, cache: KVCache, attention: AttentionBackend) -> None:
+        self._model = model
+        self._cache = cache
+        self._attention = attention
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute all rows of a plan in one pass. Raises what the framework raises."""
+        with torch.inference_mode():
+            logits = self._logits(plan)
+            rows = tuple(row for row in plan.rows if row.sample)
+            result = sample(logits, rows) if rows else StepResult({})
+            for row in rows:
+                if row.request_id in result.faults:
+                    self._cache.scrub(row.block_ids)
+            return result
+
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """Logits [sampled rows, vocabulary] of a plan, for tests and measurements."""
+        with torch.inference_mode():
+            return self._logits(plan)
+
+    def _logits(self, plan: StepPlan) -> torch.Tensor:
+        batch = build_batch(plan, self._cache.block_size)
+        return self._model.forward(batch, self._attention.plan(batch.attention), self._cache)
+
+    def check(self) -> None:
+        """Run one token in the spare block. Raises EngineError when that gives no token."""
+        row = StepRow(
+            request_id=_CHECK_ID,
+            start=0,
+            token_ids=(0,),
+            block_ids=(self._cache.spare_block_id,),
+            sample=True,
+            params=SamplingParams(max_tokens=1, temperature=0.0),
+            seed=0,
+        )
+        result = self.run(StepPlan((row,)))
+        if _CHECK_ID not in result.tokens:
+            raise EngineError(f"The self-check failed: {result.faults.get(_CHECK_ID)}.")
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Run a prompt of up to `max_tokens` tokens and one decode, in the spare block.
+
+        First calls build oneDNN's kernels and fault in memory: better here than under a request.
+        """
+        length = min(max_tokens, self._cache.block_size)
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        block = (self._cache.spare_block_id,)
+        self.run(StepPlan((StepRow(_CHECK_ID, 0, (0,) * length, block, True, params, 0),)))
+        self.check()
