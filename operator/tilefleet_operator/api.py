@@ -1,7 +1,7 @@
 """InferenceDeployment v1alpha1: the spec as frozen types, and parse() from a Kubernetes object.
 
-Every rule stands twice: here as a validator for `tilefleet plan`, and in crd.py as CEL for the API
-server; tests/operator/test_crd.py keeps the two and all defaults equal.
+Every rule stands twice: here as a validator for `tilefleet plan`, and in rules.py as CEL for the
+API server; tests/operator/test_crd.py keeps the two and all defaults equal.
 Only fields that work are here. Does not know pods, nodes or how anything is rendered.
 """
 

@@ -3,7 +3,7 @@
 `python -m tilefleet_operator crd` prints it; crds/ holds the same text, kept equal by a test. The
 converter turns pydantic's JSON schema into a structural schema: references inlined, noise dropped,
 a default for every optional field, so that nested defaults apply and CEL never meets a missing
-field. CEL rules mirror the validators of api.py; each message names field, value and rule.
+field. The CEL rules are in rules.py.
 """
 
 from __future__ import annotations
@@ -17,95 +17,16 @@ from tilefleet_operator.api import (
     CATEGORY,
     GROUP,
     KIND,
-    MAX_NAME_LENGTH,
-    MAX_WINDOW,
-    NAME_PATTERN,
     PLURAL,
     SHORT_NAME,
     SINGULAR,
-    URI_SCHEMES,
     VERSION,
     Spec,
 )
 from tilefleet_operator.errors import OperatorError
+from tilefleet_operator.rules import ROOT_RULES, RULES
 
 _NOISE = {"title", "examples", "discriminator", "deprecated", "prefixItems", "uniqueItems"}
-
-
-def _rule(rule: str, message: str, expression: str) -> dict[str, str]:
-    return {"rule": rule, "message": message, "messageExpression": expression}
-
-
-ROOT_RULES = [
-    _rule(
-        f"self.metadata.name.size() <= {MAX_NAME_LENGTH}",
-        f"metadata.name: must have at most {MAX_NAME_LENGTH} characters",
-        "'metadata.name: ' + self.metadata.name + ' has ' + string(self.metadata.name.size())"
-        f" + ' characters; at most {MAX_NAME_LENGTH}, because pod names add revision and slot'",
-    ),
-    _rule(
-        f"self.metadata.name.matches('{NAME_PATTERN}')",
-        "metadata.name: must start with a letter and hold only a-z, 0-9 and -",
-        "'metadata.name: ' + self.metadata.name"
-        " + ' must start with a letter and hold only a-z, 0-9 and -; it names the Service'",
-    ),
-]
-
-# Path of the object below spec → its rules.
-RULES: Mapping[tuple[str, ...], list[dict[str, str]]] = {
-    ("model",): [
-        _rule(
-            f"[{', '.join(repr(scheme) for scheme in URI_SCHEMES)}].all(s,"
-            " self.uri.startsWith(s) == oldSelf.uri.startsWith(s))",
-            "uri: the scheme is immutable; create a new InferenceDeployment instead",
-            "'uri: ' + self.uri + ' changes the scheme of ' + oldSelf.uri"
-            " + '; the scheme is immutable, create a new InferenceDeployment instead'",
-        )
-    ],
-    ("accelerator",): [
-        _rule(
-            "self.vendor != 'cpu' || self.count == 0",
-            "count: must be 0 when vendor is cpu",
-            "'count: ' + string(self.count) + ' needs devices, but vendor is cpu;"
-            " remove count or set vendor to amd'",
-        ),
-        _rule(
-            "self.vendor != 'cpu' || (self.products.size() == 0 && self.deviceIDs.size() == 0)",
-            "products, deviceIDs: must be empty when vendor is cpu",
-            "'products: ' + (self.products + self.deviceIDs).join(',')"
-            " + ' names GPUs, but vendor is cpu; remove them or set vendor to amd'",
-        ),
-    ],
-    ("autoscaling",): [
-        _rule(
-            "self.minReplicas <= self.maxReplicas",
-            "minReplicas: must not exceed maxReplicas",
-            "'minReplicas: ' + string(self.minReplicas) + ' exceeds maxReplicas '"
-            " + string(self.maxReplicas) + '; lower minReplicas or raise maxReplicas'",
-        ),
-        _rule(
-            "double(self.targetUtilization) > 0.0 && double(self.targetUtilization) <= 1.0",
-            "targetUtilization: must be above 0 and at most 1",
-            "'targetUtilization: ' + self.targetUtilization + ' is not above 0 and at most 1'",
-        ),
-    ],
-    ("autoscaling", "scaleDown"): [
-        _rule(
-            f"duration(self.window) <= duration('{MAX_WINDOW}')",
-            f"window: must be at most {MAX_WINDOW}",
-            f"'window: ' + self.window + ' is longer than {MAX_WINDOW}'",
-        )
-    ],
-    ("rollout",): [
-        _rule(
-            "self.maxSurge + self.maxUnavailable >= 1",
-            "maxSurge, maxUnavailable: one of them must be above 0",
-            "'maxSurge: ' + string(self.maxSurge) + ' and maxUnavailable '"
-            " + string(self.maxUnavailable)"
-            " + ' leave no room for a rollout; raise one of them'",
-        )
-    ],
-}
 
 
 class _Dumper(yaml.SafeDumper):

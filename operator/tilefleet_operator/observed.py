@@ -1,18 +1,28 @@
 """Observed objects as small frozen views, and the Snapshot that a plan is made from.
 
-Builders take plain Kubernetes dictionaries and the worker's /stats document. Knows no client, no
-clock and no wish: what ought to be is desired.py, what to do is plan.py.
+Builders take plain Kubernetes dictionaries; what a worker says of itself is in stats.py. Knows no
+client, no clock and no wish: what ought to be is desired.py, what to do is plan.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from tilefleet_operator.api import GROUP, InferenceDeployment
 from tilefleet_operator.errors import ObservationInvalid
 from tilefleet_operator.hardware import NodeView, Taint
+from tilefleet_operator.stats import (
+    Counters,
+    Frame,
+    Gauges,
+    History,
+    MissingStats,
+    Step,
+    WorkerStats,
+    worker_stats,
+)
 from tilefleet_operator.units import quantity, timestamp
 
 LABEL_DEPLOYMENT = f"{GROUP}/deployment"
@@ -23,13 +33,8 @@ LABEL_SLOT = f"{GROUP}/slot"
 ANNOTATION_DRAIN_STARTED = f"{GROUP}/drain-started"
 ACTIVE, DRAINING = "active", "draining"
 ROLE_WORKER = "worker"
-STATS_VERSION = 1
 DEVICE_PREFIX = "amd.com/"
 
-# Longer than the longest scale-down window that the schema allows.
-HISTORY_SECONDS = 660.0
-STEPS_KEPT = 256
-STEPS_PER_SAMPLE = 8
 
 __all__ = [
     "Counters",
@@ -92,116 +97,6 @@ class PodView:
         """Number at the end of the name; -1 when there is none."""
         tail = self.name.rpartition("-")[2]
         return int(tail) if tail.isdigit() else -1
-
-
-@dataclass(frozen=True)
-class Step:
-    """One forward pass of an engine: its duration and what was in the batch."""
-
-    seconds: float
-    prefill_tokens: int
-    sequences: int
-    kv_tokens: int
-
-
-@dataclass(frozen=True)
-class Counters:
-    """Totals since the worker's process began; they fall only when it restarts."""
-
-    arrivals: int = 0
-    prompt_tokens_computed: int = 0
-    prompt_tokens_cached: int = 0
-    generated_tokens: int = 0
-    completions: int = 0
-    aborts: int = 0
-    errors: int = 0
-    steps: int = 0
-    busy_seconds: float = 0.0
-    preemptions: int = 0
-
-
-@dataclass(frozen=True)
-class Gauges:
-    """The worker's state at the moment of the answer."""
-
-    running: int = 0
-    waiting: int = 0
-    waiting_prompt_tokens: int = 0
-    oldest_wait_seconds: float = 0.0
-    kv_blocks_total: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_cached: int = 0
-    max_concurrent: int = 0
-    max_model_len: int = 0
-
-
-@dataclass(frozen=True)
-class WorkerStats:
-    """One worker's /stats answer. age_seconds: its age at the time of the snapshot."""
-
-    model: str = ""
-    revision: str = ""
-    uptime_seconds: float = 0.0
-    draining: bool = False
-    ready: bool = False
-    block_size: int = 0
-    counters: Counters = field(default_factory=Counters)
-    gauges: Gauges = field(default_factory=Gauges)
-    steps: tuple[Step, ...] = ()
-    startup: tuple[tuple[str, float], ...] = ()
-    device: Mapping[str, Any] = field(default_factory=dict)
-    age_seconds: float = 0.0
-
-    @property
-    def inflight(self) -> int:
-        """Requests that would be cut if the process ended now."""
-        return self.gauges.running + self.gauges.waiting
-
-
-@dataclass(frozen=True)
-class MissingStats:
-    """No usable /stats answer, and why. Absence is never zero load."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Frame:
-    """All samples of one poll: pod UID → answer without steps. time: seconds since the epoch."""
-
-    time: float
-    samples: Mapping[str, WorkerStats]
-
-
-@dataclass(frozen=True)
-class History:
-    """Polls of the last HISTORY_SECONDS, oldest first, and a thinned reservoir of steps."""
-
-    frames: tuple[Frame, ...] = ()
-    steps: tuple[Step, ...] = ()
-
-    def add(self, now: float, stats: Mapping[str, WorkerStats | MissingStats]) -> History:
-        """A new history with one more poll; missing answers leave a gap. Does not mutate."""
-        present = {
-            uid: sample for uid, sample in sorted(stats.items()) if isinstance(sample, WorkerStats)
-        }
-        last = self.frames[-1].samples if self.frames else {}
-        fresh: list[Step] = []
-        for uid, sample in present.items():
-            fresh += _new_steps(last.get(uid), sample)
-        frame = Frame(now, {uid: replace(sample, steps=()) for uid, sample in present.items()})
-        kept = tuple(old for old in self.frames if now - HISTORY_SECONDS <= old.time < now)
-        return History((*kept, frame), (*self.steps, *fresh)[-STEPS_KEPT:])
-
-
-def _new_steps(before: WorkerStats | None, sample: WorkerStats) -> tuple[Step, ...]:
-    """Steps not seen in the poll before, thinned evenly to STEPS_PER_SAMPLE."""
-    count = sample.counters.steps
-    if before is not None and before.counters.steps <= count:
-        count -= before.counters.steps
-    fresh = sample.steps[-count:] if count > 0 else ()
-    stride = max(1, -(-len(fresh) // STEPS_PER_SAMPLE))
-    return fresh[::-1][::stride][::-1]
 
 
 @dataclass(frozen=True)
@@ -336,53 +231,4 @@ def node_view(obj: Mapping[str, Any]) -> NodeView:
         capacity={k: quantity(v) for k, v in (status.get("capacity") or {}).items()} or allocatable,
         conditions=conditions,
         created=timestamp(created) if created else 0.0,
-    )
-
-
-def worker_stats(document: Mapping[str, Any], age_seconds: float = 0.0) -> WorkerStats:
-    """The typed form of a /stats document.
-
-    Raises ObservationInvalid, naming the field, when the version differs or a value has the wrong
-    type.
-    """
-    if document.get("version") != STATS_VERSION:
-        raise ObservationInvalid(
-            f"/stats: version {document.get('version')!r} is not {STATS_VERSION}; the worker image"
-            " and the operator do not belong together"
-        )
-    try:
-        return WorkerStats(
-            model=str(document["model"]),
-            revision=str(document.get("revision", "")),
-            uptime_seconds=float(document["uptime_seconds"]),
-            draining=bool(document["draining"]),
-            ready=bool(document["ready"]),
-            block_size=int(document.get("block_size", 0)),
-            counters=Counters(**_numbers(document["counters"], Counters)),
-            gauges=Gauges(**_numbers(document["gauges"], Gauges)),
-            steps=tuple(_step(s) for s in document.get("steps", ())),
-            startup=tuple((str(p["phase"]), float(p["seconds"])) for p in document["startup"]),
-            device=dict(document.get("device") or {}),
-            age_seconds=age_seconds,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ObservationInvalid(f"/stats: {type(error).__name__}: {error}") from error
-
-
-def _numbers(document: Mapping[str, Any], kind: type[Counters] | type[Gauges]) -> dict[str, Any]:
-    """Known fields of a group of numbers; unknown ones belong to a newer worker and are skipped."""
-    names = kind.__dataclass_fields__
-    known = {name: document[name] for name in names if name in document}
-    for name, value in known.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ValueError(f"{name}: {value!r} is not a number of at least 0")
-    return known
-
-
-def _step(step: Mapping[str, Any]) -> Step:
-    return Step(
-        float(step["seconds"]),
-        int(step["prefill_tokens"]),
-        int(step["sequences"]),
-        int(step["kv_tokens"]),
     )

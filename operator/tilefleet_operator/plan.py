@@ -2,116 +2,33 @@
 
 Pure: no client, clock or randomness. The executor performs the actions in the order given (drain,
 delete, apply), then writes `status` to /status when it is not None. Does not know how pods are
-rendered (desired.py), chosen (fleet.py), counted (autoscale.py) or reported (status.py).
+rendered (desired.py), chosen (fleet.py), drained (draining.py), counted (autoscale.py) or reported
+(status.py, conditions.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tilefleet_operator import desired, hardware, status
-from tilefleet_operator.api import FIELD_MANAGER, InferenceDeployment
+from tilefleet_operator.actions import Action, Apply, Delete, Drain, Plan
+from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.autoscale import Decision, Policy, decide
 from tilefleet_operator.conditions import Facts, conditions, unknown
-from tilefleet_operator.desired import ADMIN_PORT, REMOVAL_DELAY_SECONDS, Defaults
-from tilefleet_operator.fleet import Fleet, Removal, fleet, moves
+from tilefleet_operator.desired import Defaults
+from tilefleet_operator.draining import finish, leave
+from tilefleet_operator.fleet import Fleet, fleet, moves
 from tilefleet_operator.hardware import GPU_RESOURCE, Fit
-from tilefleet_operator.observed import (
-    ANNOTATION_DRAIN_STARTED,
-    DRAINING,
-    LABEL_STATE,
-    PodView,
-    Snapshot,
-    WorkerStats,
-    owner_uid,
-)
-from tilefleet_operator.units import rfc3339, seconds
+from tilefleet_operator.observed import Snapshot, owner_uid
+from tilefleet_operator.units import seconds
 
-# Relabelling needs its own manager: an apply by the first manager that names only labels would
-# give up, and so remove, every other field of the pod.
-DRAIN_FIELD_MANAGER = f"{FIELD_MANAGER}-drain"
+__all__ = ["Action", "Apply", "Delete", "Drain", "Plan", "covers", "invalid", "plan"]
+
 # How often load is looked at, and how often a draining replica.
 MEASURE_SECONDS, DRAIN_POLL_SECONDS = 2.0, 1.0
-# An answer must be this much younger than the order to drain before it proves anything.
-DRAIN_PROOF_SECONDS = REMOVAL_DELAY_SECONDS + 1.0
 CONFLICT_RETRY_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Apply:
-    """Server-side apply `body` (force), a whole child object."""
-
-    body: Mapping[str, Any]
-    why: str
-    field_manager: str = FIELD_MANAGER
-
-    @property
-    def kind(self) -> str:
-        """Kind of the object."""
-        return str(self.body["kind"])
-
-    @property
-    def name(self) -> str:
-        """Name of the object."""
-        return str(self.body["metadata"]["name"])
-
-    @property
-    def namespace(self) -> str:
-        """Namespace of the object."""
-        return str(self.body["metadata"]["namespace"])
-
-
-@dataclass(frozen=True)
-class Delete:
-    """Delete a pod with the precondition that its UID is still `uid`."""
-
-    name: str
-    namespace: str
-    uid: str
-    why: str
-    kind: str = "Pod"
-
-
-@dataclass(frozen=True)
-class Drain:
-    """Take a pod out of the Service, then tell its worker to finish.
-
-    First server-side apply `body` (force, field_manager); it carries metadata.uid, so that another
-    pod of the same name is never touched. Then POST http://<ip>:<port>/drain with
-    {"timeout_seconds": timeout_seconds}; a failure of the POST is logged and repeated by a later
-    plan, never an error of the reconcile.
-    """
-
-    name: str
-    namespace: str
-    uid: str
-    ip: str | None
-    body: Mapping[str, Any]
-    timeout_seconds: float
-    why: str
-    port: int = ADMIN_PORT
-    field_manager: str = DRAIN_FIELD_MANAGER
-    kind: str = "Pod"
-
-
-Action = Apply | Delete | Drain
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do now.
-
-    actions: in order. status: the whole new /status, None when nothing changed. requeue_after:
-    seconds until the plan may change although nothing is observed to change, None when never.
-    events: (type, reason, message) of transitions, for the Events of the object.
-    """
-
-    actions: tuple[Action, ...] = ()
-    status: Mapping[str, Any] | None = None
-    requeue_after: float | None = None
-    events: tuple[tuple[str, str, str], ...] = ()
 
 
 def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
@@ -132,8 +49,8 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     waits = [decision.wait_seconds, MEASURE_SECONDS if pods.ready else None]
     if not deployment.spec.paused:
         step = moves(pods, decision.desired, snapshot, now)
-        drained = list(_finish_drains(snapshot, pods, now))
-        removals = list(_removals(deployment, step.removals, now))
+        drained = list(finish(snapshot, pods, now))
+        removals = list(leave(deployment, step.removals, now))
         adding = [
             Apply(desired.pod(deployment, slot, revision, defaults), step.why_add)
             for slot in _slots(deployment, pods, revision, step.additions)
@@ -203,56 +120,6 @@ def _fit(snapshot: Snapshot, pods: Fleet) -> Fit | None:
             own = pod.requests.get(GPU_RESOURCE, 0.0)
             used[GPU_RESOURCE] = max(0.0, used.get(GPU_RESOURCE, 0.0) - own)
     return hardware.fit(accelerator, snapshot.nodes, others)
-
-
-def _removals(
-    deployment: InferenceDeployment, removals: Sequence[Removal], now: float
-) -> Iterator[Action]:
-    for removal in removals:
-        pod = removal.pod
-        if removal.drain:
-            yield _drain(deployment, pod, now, removal.why)
-        else:
-            yield Delete(pod.name, pod.namespace, pod.uid, removal.why)
-
-
-def _drain(deployment: InferenceDeployment, pod: PodView, started: float, why: str) -> Drain:
-    body = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "name": pod.name,
-            "namespace": pod.namespace,
-            "uid": pod.uid,
-            "labels": {LABEL_STATE: DRAINING},
-            "annotations": {ANNOTATION_DRAIN_STARTED: rfc3339(started)},
-        },
-    }
-    timeout = seconds(deployment.spec.rollout.drain.timeout)
-    return Drain(pod.name, pod.namespace, pod.uid, pod.ip, body, timeout, why)
-
-
-def _finish_drains(snapshot: Snapshot, pods: Fleet, now: float) -> Iterator[Action]:
-    """Delete what is drained or overdue; repeat the order where the worker has not heard it."""
-    deployment = snapshot.deployment
-    timeout = seconds(deployment.spec.rollout.drain.timeout)
-    for pod in pods.draining:
-        stats = snapshot.stats.get(pod.uid)
-        started = pod.drain_started
-        if started is None:
-            yield _drain(deployment, pod, now, "it drains, but nothing says since when")
-        elif now >= started + timeout:
-            why = f"its requests did not end within drain.timeout {timeout:g} s"
-            yield Delete(pod.name, pod.namespace, pod.uid, why)
-        elif pod.node is None or pod.ip is None:
-            yield Delete(pod.name, pod.namespace, pod.uid, "it never ran, nothing to drain")
-        elif isinstance(stats, WorkerStats) and (
-            now - stats.age_seconds >= started + DRAIN_PROOF_SECONDS
-        ):
-            if not stats.draining:
-                yield _drain(deployment, pod, started, "its worker has not heard of the drain")
-            elif stats.inflight == 0:
-                yield Delete(pod.name, pod.namespace, pod.uid, "drained: no request is left")
 
 
 def _slots(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.operator.builders import NOW, history, stats, steps_of
@@ -60,6 +60,7 @@ def test_little_s_law_holds_at_the_batch_limit() -> None:
     assert rate * 300 * WORKED.a / (1 - share) == pytest.approx(256)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-3, 0.1), st.floats(1e-6, 1e-3), st.floats(1e-6, 1e-3), st.floats(1e-9, 1e-6))
 def test_fit_finds_the_coefficients_of_exact_steps(a: float, b: float, c: float, d: float) -> None:
     model = fit_steps(steps_of(a, b, c, d))
@@ -260,6 +261,7 @@ def test_shrinking_waits_for_window_and_interval_and_says_for_how_long() -> None
     assert (soon.desired, soon.wait_seconds) == (8, 3.0)
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 20), st.integers(1, 10), st.integers(0, 10), st.floats(0, 500), st.floats(1, 500)
 )

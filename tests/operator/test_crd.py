@@ -10,8 +10,9 @@ from pydantic import BaseModel
 from tests.operator.builders import document
 from tests.operator.invalid_specs import objects
 from tilefleet_operator import api
-from tilefleet_operator.crd import RULES, crd, render, spec_schema, structural
+from tilefleet_operator.crd import crd, render, spec_schema, structural
 from tilefleet_operator.errors import OperatorError, SpecInvalid
+from tilefleet_operator.rules import RULES
 
 CRDS = Path(__file__).parents[2] / "crds"
 GOLDEN = CRDS / "tilefleet.io_inferencedeployments.yaml"

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kubernetes_validate import validate
 
@@ -174,6 +174,7 @@ def test_revision_changes_with_what_changes_a_pod_and_with_nothing_else() -> Non
     assert revision(manual(1), Defaults(worker_cpu_image="cpu:2")) != base
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9999))
 def test_pod_names_fit_a_host_name(slot: int) -> None:
     of = deployment()

@@ -1,0 +1,87 @@
+"""CEL rules of the CRD, which mirror the validators of api.py.
+
+Each message names field, value and rule; the static one is for readers of the CRD. What a rule
+reads has a bound in the schema, because the API server budgets the cost of rules by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tilefleet_operator.api import MAX_NAME_LENGTH, MAX_WINDOW, NAME_PATTERN, URI_SCHEMES
+
+
+def _rule(rule: str, message: str, expression: str) -> dict[str, str]:
+    return {"rule": rule, "message": message, "messageExpression": expression}
+
+
+ROOT_RULES = [
+    _rule(
+        f"self.metadata.name.size() <= {MAX_NAME_LENGTH}",
+        f"metadata.name: must have at most {MAX_NAME_LENGTH} characters",
+        "'metadata.name: ' + self.metadata.name + ' has ' + string(self.metadata.name.size())"
+        f" + ' characters; at most {MAX_NAME_LENGTH}, because pod names add revision and slot'",
+    ),
+    _rule(
+        f"self.metadata.name.matches('{NAME_PATTERN}')",
+        "metadata.name: must start with a letter and hold only a-z, 0-9 and -",
+        "'metadata.name: ' + self.metadata.name"
+        " + ' must start with a letter and hold only a-z, 0-9 and -; it names the Service'",
+    ),
+]
+
+# Path of the object below spec → its rules.
+RULES: Mapping[tuple[str, ...], list[dict[str, str]]] = {
+    ("model",): [
+        _rule(
+            f"[{', '.join(repr(scheme) for scheme in URI_SCHEMES)}].all(s,"
+            " self.uri.startsWith(s) == oldSelf.uri.startsWith(s))",
+            "uri: the scheme is immutable; create a new InferenceDeployment instead",
+            "'uri: ' + self.uri + ' changes the scheme of ' + oldSelf.uri"
+            " + '; the scheme is immutable, create a new InferenceDeployment instead'",
+        )
+    ],
+    ("accelerator",): [
+        _rule(
+            "self.vendor != 'cpu' || self.count == 0",
+            "count: must be 0 when vendor is cpu",
+            "'count: ' + string(self.count) + ' needs devices, but vendor is cpu;"
+            " remove count or set vendor to amd'",
+        ),
+        _rule(
+            "self.vendor != 'cpu' || (self.products.size() == 0 && self.deviceIDs.size() == 0)",
+            "products, deviceIDs: must be empty when vendor is cpu",
+            "'products: ' + (self.products + self.deviceIDs).join(',')"
+            " + ' names GPUs, but vendor is cpu; remove them or set vendor to amd'",
+        ),
+    ],
+    ("autoscaling",): [
+        _rule(
+            "self.minReplicas <= self.maxReplicas",
+            "minReplicas: must not exceed maxReplicas",
+            "'minReplicas: ' + string(self.minReplicas) + ' exceeds maxReplicas '"
+            " + string(self.maxReplicas) + '; lower minReplicas or raise maxReplicas'",
+        ),
+        _rule(
+            "double(self.targetUtilization) > 0.0 && double(self.targetUtilization) <= 1.0",
+            "targetUtilization: must be above 0 and at most 1",
+            "'targetUtilization: ' + self.targetUtilization + ' is not above 0 and at most 1'",
+        ),
+    ],
+    ("autoscaling", "scaleDown"): [
+        _rule(
+            f"duration(self.window) <= duration('{MAX_WINDOW}')",
+            f"window: must be at most {MAX_WINDOW}",
+            f"'window: ' + self.window + ' is longer than {MAX_WINDOW}'",
+        )
+    ],
+    ("rollout",): [
+        _rule(
+            "self.maxSurge + self.maxUnavailable >= 1",
+            "maxSurge, maxUnavailable: one of them must be above 0",
+            "'maxSurge: ' + string(self.maxSurge) + ' and maxUnavailable '"
+            " + string(self.maxUnavailable)"
+            " + ' leave no room for a rollout; raise one of them'",
+        )
+    ],
+}
