@@ -10,9 +10,9 @@ paged KV (arXiv 2309.06180). Knows nothing of requests, schedulers or models.
 """
 
 import torch
-
 import triton
 import triton.language as tl
+
 from tilefleet_worker.attention.triton.tiles import DecodeTile, compute_type, launch_options
 
 LOG2_E = 1.4426950408889634

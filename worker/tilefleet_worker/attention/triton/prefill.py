@@ -10,9 +10,9 @@ Source: FlashAttention-2 (arXiv 2307.08691). Knows nothing of requests, schedule
 from dataclasses import dataclass
 
 import torch
-
 import triton
 import triton.language as tl
+
 from tilefleet_worker.attention.triton.decode import LOG2_E, _scores
 from tilefleet_worker.attention.triton.tiles import PrefillTile, compute_type, launch_options
 
