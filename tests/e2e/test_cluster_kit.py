@@ -95,19 +95,18 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
     """A running cluster; the programs are those of the default cache, built there if missing."""
-    shared = Path.home() / ".cache" / "tilefleet"
-    subprocess.run([sys.executable, str(KIT), "binaries"], check=True, stdout=subprocess.DEVNULL)
+    listing = subprocess.run(
+        [sys.executable, str(KIT), "binaries"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    programs = dict(line.split("\t") for line in listing.splitlines())
+    # No machine has the kit's own pause program, so it always lies in the cache.
+    versions = Path(programs["pause"]).parents[1]
     cache = tmp_path_factory.mktemp("kit")
-    newest = max((p.parent for p in shared.glob("*/build.lock")), key=lambda p: _built_at(p))
-    (cache / newest.name).symlink_to(newest)
+    (cache / versions.name).symlink_to(versions)
     found = Kit(cache)
     found.run("up")
     yield found
     found.run("down")
-
-
-def _built_at(folder: Path) -> float:
-    return (folder / "build.lock").stat().st_mtime
 
 
 def python_pod(name: str, code: str) -> str:

@@ -45,7 +45,8 @@ def remove(name: str, timeout_seconds: float = 10.0) -> None:
     Raises KitError naming what is still there after the timeout.
     """
     deadline = time.monotonic() + timeout_seconds
-    while left := [folder for folder in folders(name) if folder.exists()]:
+    # On v1 the runtime also makes one in the `unified` hierarchy, which has no controllers.
+    while left := [*ROOT.glob(name), *ROOT.glob(f"*/{name}")]:
         for folder in left:
             for path, _, _ in os.walk(folder, topdown=False):
                 with contextlib.suppress(OSError):
