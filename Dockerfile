@@ -40,7 +40,8 @@ LABEL org.opencontainers.image.title="tilefleet operator" \
 FROM base AS torch-cpu
 ARG UV_CACHE_DIR=/root/.cache/uv
 ARG TORCH_SOURCE=auto
-COPY --chmod=0644 locks/torch.txt hack/image/elf_stub.py hack/image/torch_layer.py /opt/tilefleet/build/
+COPY --chmod=0644 locks/torch.txt hack/image/elf_slim.py hack/image/elf_stub.py \
+     hack/image/torch_layer.py /opt/tilefleet/build/
 RUN --mount=type=cache,target=/opt/uv --mount=type=cache,target=/root/.cache/uv \
     python /opt/tilefleet/build/torch_layer.py ${TORCH_SOURCE}
 

@@ -1,5 +1,6 @@
 """The base image where no public registry can be reached: Debian, from the machine's own mirror."""
 
+import functools
 import os
 import re
 import shutil
@@ -25,8 +26,8 @@ SUITES = ("bookworm", "trixie")  # Debian releases whose Python is 3.11 or newer
 
 def cache() -> Path:
     """Folder of root file systems and logs; survives between builds."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(home) / "tilefleet" / "images"
+    home = os.environ.get("TILEFLEET_CACHE") or Path.home() / ".cache" / "tilefleet"
+    folder = Path(home) / "images"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -98,6 +99,7 @@ def is_phase(line: str) -> bool:
     return line.startswith(("I: Base", "I: Installing", "I: Unpacking the", "I: Configuring", "E:"))
 
 
+@functools.cache  # the answer is the same for all targets of one run
 def resolve(engine: Engine, wanted: str | None) -> str:
     """Reference of the base: the one asked for, the default, or Debian as a fallback."""
     if wanted:

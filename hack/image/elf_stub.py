@@ -40,11 +40,19 @@ class Library:
     soname: int  # offset in strings, 0 if none
 
 
+def is_elf(start: bytes) -> bool:
+    """True if a file that starts so is a little-endian 64-bit ELF for a machine known here."""
+    if len(start) < HEADER.size or not start.startswith(b"\x7fELF\x02\x01"):
+        return False
+    return HEADER.unpack_from(start)[2] in RETURN_ONE
+
+
 def read(path: Path) -> Library:
     """Parse a library's dynamic symbols. ValueError if it is not a 64-bit ELF that has them."""
     with path.open("rb") as file:
-        header = HEADER.unpack(file.read(HEADER.size))
-        if header[0][:6] != b"\x7fELF\x02\x01" or header[2] not in RETURN_ONE:
+        start = file.read(HEADER.size)
+        header = HEADER.unpack(start)
+        if not is_elf(start):
             raise ValueError(f"{path} is not a 64-bit ELF for x86-64 or AArch64")
 
         def at(offset: int, size: int) -> bytes:

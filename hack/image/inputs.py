@@ -14,9 +14,9 @@ COMMON = (
 TARGETS: dict[str, tuple[str, ...]] = {
     "operator": ("locks/operator.txt", "operator/tilefleet_operator"),
     "worker-cpu": (
-        "locks/torch.txt", "hack/image/elf_stub.py", "hack/image/torch_layer.py",
-        "locks/worker.txt",
-        "examples/tiny-model/model", "worker/tilefleet_worker",
+        "locks/torch.txt", "hack/image/torch_layer.py", "hack/image/elf_slim.py",
+        "hack/image/elf_stub.py", "locks/worker.txt", "examples/tiny-model/model",
+        "worker/tilefleet_worker",
     ),
     "worker": ("locks/worker.txt", "worker/tilefleet_worker"),
 }  # fmt: skip

@@ -28,7 +28,7 @@ def run(
     log.parent.mkdir(parents=True, exist_ok=True)
     start, done = time.monotonic(), threading.Event()
     tail: list[str] = []
-    shown: tuple[float, str] = (start, "")  # time and text of the last line shown
+    shown: tuple[float, str] = (start, "working")  # time and text of the last line shown
 
     def heartbeat() -> None:
         nonlocal shown
