@@ -164,7 +164,11 @@ def _measure(
     share = len(policy.ready) / len(answered)
     tokens = mix.tokens * share if mix is not None else 0.0
     waiting = sum(sample.gauges.waiting for sample in answered.values())
-    found, source = capacity(history, mix, policy, now)
+    running = sum(sample.gauges.running for sample in answered.values())
+    found, source = policy.stored_capacity, "Stored"
+    # An idle fleet teaches nothing: old evidence that fades must not move the figure.
+    if rate > 0 or running > 0 or found is None:
+        found, source = capacity(history, mix, policy, now)
     return _Load(
         totals=totals,
         mix=mix,

@@ -143,6 +143,8 @@ def _metrics_available(facts: Facts) -> Condition:
     ]
     if not silent:
         return Condition(kind, "True", "Fresh", "every ready replica answers")
+    if facts.snapshot.deployment.spec.autoscaling.mode == "Manual":
+        return Condition(kind, "Unknown", "NotNeeded", "mode Manual needs no figures of replicas")
     name, reason = silent[0]
     message = f"{len(silent)} of {len(ready)} ready replicas do not answer; {name}: {reason}"
     return Condition(kind, "False", "Unreachable", message)

@@ -46,7 +46,8 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     fit = _fit(snapshot, pods)
     conflict = _conflict(snapshot)
     actions: list[Action] = []
-    waits = [decision.wait_seconds, MEASURE_SECONDS if pods.ready else None]
+    measured = deployment.spec.autoscaling.mode == "Auto" and bool(pods.ready)
+    waits = [decision.wait_seconds, MEASURE_SECONDS if measured else None]
     if not deployment.spec.paused:
         step = moves(pods, decision.desired, snapshot, now)
         drained = list(finish(snapshot, pods, now))

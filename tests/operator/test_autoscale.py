@@ -118,6 +118,14 @@ def test_observed_capacity_is_what_a_full_replica_does() -> None:
     assert found[-1].capacity_tokens_per_second == pytest.approx(full, rel=0.25)
 
 
+def test_idle_fleet_keeps_the_stored_capacity() -> None:
+    """Evidence that fades after the load must not cause a write to the status."""
+    log = run([(60, 1.8)], POLICY, seconds=400)
+    idle = [d for t, d in log if t > 90]
+    assert {d.capacity_source for d in idle} == {"Stored"}
+    assert len({d.capacity_tokens_per_second for d in idle}) == 1
+
+
 def test_light_load_never_scales_up() -> None:
     log = run([(300, 0.3)], POLICY, seconds=300)
     assert {d.desired for _, d in log} == {1}

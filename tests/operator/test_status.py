@@ -224,7 +224,7 @@ def test_replica_on_a_sick_node_degrades_the_fleet() -> None:
 
 
 def test_silent_replica_is_reported_once_it_had_time_to_answer() -> None:
-    of = manual(1)
+    of = deployment()
     new = revision(of, DEFAULTS)
     here = pod(f"llm-{new}-0", new, ready_since=NOW)
     silent = snapshot(of, (here,), {here.uid: MissingStats("no /stats answer: timeout")})
@@ -232,6 +232,8 @@ def test_silent_replica_is_reported_once_it_had_time_to_answer() -> None:
     late = conditions(silent, NOW + 10)["MetricsAvailable"]
     assert (late["status"], late["reason"]) == ("False", "Unreachable")
     assert "timeout" in late["message"]
+    fixed = conditions(replace(silent, deployment=manual(1)), NOW + 10)["MetricsAvailable"]
+    assert (fixed["status"], fixed["reason"]) == ("Unknown", "NotNeeded")
     nobody = conditions(snapshot(of))["MetricsAvailable"]
     assert (nobody["status"], nobody["reason"]) == ("Unknown", "NoReplicaReady")
 
