@@ -60,6 +60,7 @@ class Api:
             )
         messages = [message.for_template() for message in body.messages]
         size = sum(len(message["content"]) for message in messages)
+        _check_size(service, size, "messages")
 
         def tokens() -> list[int]:
             return service.tokenizer.encode(template.render(messages), add_special_tokens=False)
@@ -72,6 +73,10 @@ class Api:
         """POST /v1/completions."""
         body = parse(CompletionRequest, await http.body())
         service = self._admit(body.model)
+
+        for text in body.prompt:
+            if isinstance(text, str):
+                _check_size(service, len(text), "prompt")
 
         def tokens() -> list[list[int]]:
             encode = service.tokenizer.encode
@@ -193,6 +198,20 @@ class Api:
 async def _compute(size: int, work: Callable[[], Result]) -> Result:
     """Run tokenizer work here if it is small, else in a thread. size: characters or tokens."""
     return work() if size < _THREAD_CHARACTERS else await asyncio.to_thread(work)
+
+
+def _check_size(service: Service, num_characters: int, param: str) -> None:
+    """Refuse a text that cannot fit before spending seconds on its tokens. Raises ApiError 400.
+
+    No token is longer than the vocabulary's longest; a normaliser composes at most four characters.
+    """
+    most = 4 * service.tokenizer.longest_token_characters * service.max_total_tokens
+    if num_characters > most:
+        message = (
+            f"The prompt has {num_characters} characters, far more than fit into "
+            f"{service.max_total_tokens} tokens of prompt and answer: shorten the prompt."
+        )
+        raise ApiError(400, "context_length_exceeded", message, param)
 
 
 def _room(service: Service, prompt: Sequence[int], param: str) -> int:

@@ -24,7 +24,7 @@ from tilefleet_worker.errors import EngineError
 from tilefleet_worker.request import Delta, Request, SamplingParams
 from tilefleet_worker.server.answers import AnswerDesk
 from tilefleet_worker.server.state import Service, WorkerState
-from tilefleet_worker.sources import fetch
+from tilefleet_worker.sources import PROGRESS_SECONDS, fetch
 from tilefleet_worker.tokenizer import Tokenizer
 
 LOGGER = logging.getLogger(__name__)
@@ -35,13 +35,24 @@ SELF_TEST_SECONDS = 120.0
 class BuildEngine(Protocol):
     """What turns a model folder into an engine that is warmed up but not started."""
 
-    def __call__(self, config: EngineConfig, folder: Path) -> Engine:
-        """Raises ModelError or ConfigError when the model cannot be served."""
+    def __call__(
+        self,
+        model_dir: Path,
+        options: EngineConfig,
+        *,
+        on_phase: Callable[[str, float], None],
+        on_progress: Callable[[int, int], None],
+    ) -> Engine:
+        """Load and warm up.
+
+        on_phase: told each phase that ended and its seconds. on_progress: bytes read, bytes of all.
+        Raises ModelError or ConfigError when the model cannot be served.
+        """
 
 
 def import_builder() -> BuildEngine:
     """The real engine's builder. Imports torch: seconds, so never before the ports listen."""
-    from tilefleet_worker.builder import build_engine
+    from tilefleet_worker.factory import build_engine
 
     return build_engine
 
@@ -90,9 +101,8 @@ class Startup:
             folder = fetch(config.model, Path(config.cache_dir), config.hf_endpoint)
             tokenizer = Tokenizer.load(folder)
         self._state.begin_phase("weights")
-        engine = build(engine_config(config, num_cpus=num_cpus), folder)
-        for phase, seconds in engine.info.startup:
-            self._state.end_phase(phase, seconds)
+        options = engine_config(config, num_cpus=num_cpus)
+        engine = build(folder, options, on_phase=self._state.end_phase, on_progress=_Progress())
         resolved = resolve(config, model_max_len=engine.info.max_model_len, num_cpus=num_cpus)
         with self._phase("warmup"):
             self_test(engine)
@@ -109,6 +119,19 @@ class Startup:
         seconds = time.monotonic() - began
         self._state.end_phase(name, seconds)
         LOGGER.info("start phase %s took %.2f s", name, seconds)
+
+
+class _Progress:
+    """Logs how much of the weights is read, a line every PROGRESS_SECONDS."""
+
+    def __init__(self) -> None:
+        self._next_seconds = time.monotonic() + PROGRESS_SECONDS
+
+    def __call__(self, num_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_seconds:
+            self._next_seconds = now + PROGRESS_SECONDS
+            LOGGER.info("weights: %.0f of %.0f MiB", num_bytes / 2**20, total_bytes / 2**20)
 
 
 def _post(

@@ -1,0 +1,176 @@
+"""A tokenizer folder without any download, and worker processes that tests talk to."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+SCRIPT = Path(__file__).with_name("fake_engine_worker.py")
+START_SECONDS = 60
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Byte-level BPE with 256 symbols and no merges; ids 256 and 257 are special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: n for n, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>"), AddedToken("<|start|>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|end|>", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    write_tokenizer(folder)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@dataclass
+class RunningWorker:
+    """A worker process and where it listens."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    api_port: int = 0
+    admin_port: int = 0
+    listening: threading.Event = field(default_factory=threading.Event)
+    reader: threading.Thread | None = None
+
+    @property
+    def api(self) -> str:
+        return f"http://127.0.0.1:{self.api_port}"
+
+    @property
+    def admin(self) -> str:
+        return f"http://127.0.0.1:{self.admin_port}"
+
+    def read_log(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            found = re.search(r"listening: api port (\d+), admin port (\d+)", line)
+            if found:
+                self.api_port, self.admin_port = int(found[1]), int(found[2])
+                self.listening.set()
+        self.listening.set()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def stats(self) -> dict:
+        return httpx.get(self.admin + "/stats").json()
+
+    def wait_ready(self) -> "RunningWorker":
+        assert self.listening.wait(START_SECONDS), self.log
+        assert self.api_port, self.log
+        self.wait(lambda: httpx.get(self.admin + "/readyz").status_code == 200)
+        return self
+
+    def wait(self, fact: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+        """Wait until a fact holds; the process must live on."""
+        end = time.monotonic() + seconds
+        while not fact():
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < end, self.log
+            time.sleep(0.01)
+
+    def wait_idle(self) -> dict:
+        """Wait until no request holds a KV block; the final stats."""
+        self.wait(lambda: self.stats()["gauges"]["kv_blocks_used"] == 0, 20)
+        return self.stats()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+StartWorker = Callable[..., RunningWorker]
+
+
+def start_process(command: list[str]) -> RunningWorker:
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    worker = RunningWorker(process)
+    worker.reader = threading.Thread(target=worker.read_log, daemon=True)
+    worker.reader.start()
+    return worker
+
+
+def stop_process(worker: RunningWorker) -> None:
+    if worker.process.poll() is None:
+        worker.process.kill()
+    worker.process.wait()
+    assert worker.reader is not None
+    worker.reader.join()
+    assert worker.process.stderr is not None
+    worker.process.stderr.close()
+
+
+@pytest.fixture
+def start_worker(tokenizer_folder: Path) -> Iterator[StartWorker]:
+    """Start a worker over the fake runner; keyword arguments become flags."""
+    started = []
+
+    def start(*flags: str, step_seconds: float = 0.0, load_seconds: float = 0.0) -> RunningWorker:
+        command = [sys.executable, str(SCRIPT), str(step_seconds), str(load_seconds)]
+        fixed = ["--host", "127.0.0.1", "--port", "0", "--admin-port", "0"]
+        if "--model" not in flags:
+            fixed += ["--model", str(tokenizer_folder)]
+        if "--removal-delay" not in flags:
+            fixed += ["--removal-delay", "0.2s"]
+        started.append(start_process(command + fixed + list(flags)))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        stop_process(worker)
+
+
+@pytest.fixture(scope="module")
+def worker(tokenizer_folder: Path) -> Iterator[RunningWorker]:
+    """One worker that the tests of a module share."""
+    flags = ["--host", "127.0.0.1", "--port", "0", "--admin-port", "0"]
+    flags += ["--model", str(tokenizer_folder), "--kv-cache-memory", "1Mi"]
+    running = start_process([sys.executable, str(SCRIPT), "0.002", "0", *flags])
+    try:
+        yield running.wait_ready()
+    finally:
+        stop_process(running)
+
+
+@pytest.fixture(scope="module")
+def start_real() -> Iterator[StartWorker]:
+    """Start a worker with the real engine, as its image does."""
+    started = []
+
+    def start(*flags: str) -> RunningWorker:
+        command = [sys.executable, "-m", "tilefleet_worker", "serve"]
+        fixed = ["--host", "127.0.0.1", "--port", "0", "--admin-port", "0"]
+        started.append(start_process(command + fixed + list(flags)))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        stop_process(worker)
