@@ -8,6 +8,7 @@ field. The CEL rules are in rules.py.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,10 +156,18 @@ def structural(
 
 
 def _with_default(schema: dict[str, Any], *, optional: bool) -> dict[str, Any]:
-    """The schema with the default that a pydantic factory hides from its JSON schema."""
-    empty: dict[str, Any] = {"object": {}, "array": []}
-    if optional and "default" not in schema and schema["type"] in empty:
-        schema["default"] = empty[schema["type"]]
+    """The schema with the default that a pydantic factory hides from its JSON schema.
+
+    An object's default names all of its fields: the API server checks CEL rules against the default
+    itself, before it would fill in what is missing.
+    """
+    if optional and "default" not in schema:
+        if schema["type"] == "array":
+            schema["default"] = []
+        elif schema["type"] == "object":
+            fields = schema.get("properties", {})
+            known = {name: child["default"] for name, child in fields.items() if "default" in child}
+            schema["default"] = copy.deepcopy(known)
     return schema
 
 
