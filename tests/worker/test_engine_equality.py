@@ -1,0 +1,257 @@
+"""Tokens equal those of transformers, and equal bits whatever else runs: the engine's promise."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from tilefleet_worker import attention, models
+from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.kv_cache import KVCache
+from tilefleet_worker.model_config import ModelConfig
+from tilefleet_worker.request import Request, SamplingParams
+from tilefleet_worker.runner import Runner
+from tilefleet_worker.sampler import sample
+from tilefleet_worker.scheduler import Scheduler
+from tilefleet_worker.step import StepPlan, StepResult, StepRow
+from tilefleet_worker.weights import Weights
+
+TRAINED = Path(__file__).parents[2] / "examples" / "tiny-model" / "model"
+BLOCK = 16
+ANSWER = 64
+VARIANTS = {
+    "tied": {"tie_word_embeddings": True},
+    "untied-bias": {
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "num_attention_heads": 6,
+        "initializer_range": 0.05,
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet_and_single() -> Iterator[None]:
+    """One thread: the pool's idle threads spin, which on a shared machine costs tenfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_model(folder: Path, **changes: object) -> Path:
+    torch.manual_seed(7)
+    config = Qwen3Config(
+        **{
+            "vocab_size": 512,
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "initializer_range": 0.1,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            **changes,
+        }
+    )
+    model = Qwen3ForCausalLM(config).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", ".bias")):  # else all ones and zeros would hide a bug
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[*VARIANTS, "trained"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "trained":
+        if not (TRAINED / "model.safetensors").exists():
+            pytest.skip("the trained model is not there")
+        return TRAINED
+    return write_model(tmp_path_factory.mktemp("model"), **VARIANTS[request.param])
+
+
+@lru_cache
+def prompts(vocab_size: int) -> dict[str, list[int]]:
+    """16 prompts from 1 to 330 tokens; every other pair shares its first half."""
+    generator = torch.Generator().manual_seed(3)
+    made: dict[str, list[int]] = {}
+    lengths = (1, 2, 3, 15, 16, 17, 31, 33, 48, 64, 90, 128, 190, 200, 255, 330)
+    previous: list[int] = []
+    for index, length in enumerate(lengths):
+        shared = previous[: length // 2] if index % 2 else []
+        fresh = torch.randint(0, vocab_size, (length - len(shared),), generator=generator)
+        previous = shared + fresh.tolist()
+        made[f"r{index:02}"] = previous
+    return made
+
+
+class Recorder:
+    """A runner that remembers the logits of each sampled token."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.logits: dict[tuple[str, int], torch.Tensor] = {}
+        self.largest_batch = 0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        rows = [row for row in plan.rows if row.sample]
+        self.largest_batch = max(self.largest_batch, len(plan.rows))
+        if not rows:
+            return self.runner.run(plan)
+        step_logits = self.runner.logits(plan)
+        for row, logits in zip(rows, step_logits, strict=True):
+            self.logits[row.request_id, row.end] = logits.clone()
+        return sample(step_logits, rows)
+
+
+@lru_cache
+def load(folder: Path, backend: str = "cpu") -> tuple[ModelConfig, models.Model]:
+    config = ModelConfig.from_folder(folder)
+    with torch.inference_mode(), Weights(folder) as weights:
+        return config, models.load(config, weights, config.max_positions)
+
+
+def generate(
+    folder: Path,
+    names: list[str],
+    *,
+    blocks: int = 1024,
+    budget: int = 2048,
+    concurrent: int = 64,
+    caching: bool = False,
+    backend: str = "cpu",
+    answer: int = ANSWER,
+    rounds: int = 1,
+) -> tuple[dict[str, list[int]], Recorder, Scheduler]:
+    """Run some of the prompts together. With more rounds the later ones can hit the cache."""
+    config, model = load(folder)
+    cache = KVCache(config, blocks, BLOCK)
+    runner = Recorder(Runner(model, cache, attention.create(backend, config)))
+    pool = BlockPool(blocks, BLOCK, prefix_caching=caching)
+    scheduler = Scheduler(
+        pool, budget, concurrent, config.max_positions, vocab_size=config.vocab_size
+    )
+    params = SamplingParams(max_tokens=answer, temperature=0.0)
+    for _ in range(rounds):
+        tokens: dict[str, list[int]] = {name: [] for name in names}
+        for name in names:
+            request = Request(name, prompts(config.vocab_size)[name], params, 0.0)
+            assert scheduler.add(request) is None
+        while scheduler.has_work:
+            plan = scheduler.schedule()
+            for delta in scheduler.commit(plan, runner.run(plan)):
+                assert delta.error is None
+                tokens[delta.request_id].extend(delta.token_ids)
+            scheduler.check_integrity()
+    return tokens, runner, scheduler
+
+
+ALL = [f"r{index:02}" for index in range(16)]
+
+
+@lru_cache
+def alone(folder: Path) -> tuple[dict[str, list[int]], dict[tuple[str, int], torch.Tensor]]:
+    """Every prompt by itself: the yardstick of all other runs."""
+    tokens, logits = {}, {}
+    for name in ALL:
+        made, runner, _ = generate(folder, [name])
+        tokens.update(made)
+        logits.update(runner.logits)
+    return tokens, logits
+
+
+def test_greedy_tokens_equal_those_of_transformers(folder: Path) -> None:
+    reference = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens, _ = alone(folder)
+    for name, prompt in prompts(reference.config.vocab_size).items():
+        with torch.inference_mode():
+            made = reference.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                max_new_tokens=ANSWER,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                eos_token_id=-1,
+                pad_token_id=0,
+            )
+        assert tokens[name] == made[0, len(prompt) :].tolist(), name
+
+
+def test_logits_agree_with_the_reference_backend(folder: Path) -> None:
+    names = ["r02", "r07", "r14"]
+    _, fast, _ = generate(folder, names, answer=8)
+    _, slow, _ = generate(folder, names, answer=8, backend="reference")
+    for key, logits in slow.logits.items():
+        torch.testing.assert_close(fast.logits[key], logits, atol=2e-4, rtol=1e-4)
+
+
+CASES = {
+    "all together": {},
+    "chunks of 8 tokens": {"budget": 8},
+    "chunks of 100 tokens, three at a time": {"budget": 100, "concurrent": 3},
+    "cache hits": {"caching": True, "rounds": 2},
+    "small pool": {"blocks": 60, "budget": 37},
+    "small pool with cache": {"blocks": 60, "budget": 50, "caching": True, "rounds": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("folder", "case"),
+    [
+        *(("tied", case) for case in CASES),
+        ("untied-bias", "all together"),
+        ("trained", "small pool with cache"),
+    ],
+    indirect=["folder"],
+)
+def test_bits_do_not_depend_on_company_chunks_preemption_or_hits(folder: Path, case: str) -> None:
+    tokens, runner, scheduler = generate(folder, ALL, **CASES[case])  # type: ignore[arg-type]
+    expected_tokens, expected_logits = alone(folder)
+    assert tokens == expected_tokens
+    counts = scheduler.gauges().counts
+    if "small pool" in case:
+        assert counts["preemptions"] > 0
+    if "cache" in case:
+        assert counts["prompt_tokens_cached"] > 300
+    assert runner.largest_batch >= 3
+    differing = [
+        key for key, logits in runner.logits.items() if not logits.equal(expected_logits[key])
+    ]
+    assert differing == []
+
+
+def test_a_row_run_again_changes_nothing(folder: Path) -> None:
+    """The engine runs rows again, one by one, to find a faulty one."""
+    config, model = load(folder)
+    runner = Runner(model, KVCache(config, 8, BLOCK), attention.create("cpu", config))
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    row = StepRow("a", 0, (5, 6, 7), (0,), True, params, 0)
+    first = runner.logits(StepPlan((row,)))
+    assert runner.logits(StepPlan((row,))).equal(first)
+
+
+def test_what_a_faulty_request_left_in_a_block_reaches_nobody(folder: Path) -> None:
+    config, model = load(folder)
+    cache = KVCache(config, 4, BLOCK)
+    runner = Runner(model, cache, attention.create("cpu", config))
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    row = StepRow("a", 0, (5, 6, 7), (2,), True, params, 0)
+    clean = runner.logits(StepPlan((row,)))
+    cache.layer(1)[:, 2] = torch.nan
+    poisoned = StepRow("bad", 3, (5,), (2,), True, params, 0)
+    result = runner.run(StepPlan((poisoned, StepRow("good", 0, (5, 6), (3,), True, params, 0))))
+    assert "not finite" in result.faults["bad"]
+    assert set(result.tokens) == {"good"}
+    assert runner.logits(StepPlan((row,))).equal(clean)
