@@ -24,18 +24,14 @@ ARG UV_CACHE_DIR=/root/.cache/uv
 COPY --chmod=0644 locks/operator.txt /opt/tilefleet/build/operator.txt
 RUN --mount=type=cache,target=/opt/uv --mount=type=cache,target=/root/.cache/uv \
     python /opt/tilefleet/build/dependencies.py /opt/tilefleet/build/operator.txt
+LABEL org.opencontainers.image.title="tilefleet operator" \
+      org.opencontainers.image.description="Kubernetes operator for LLM inference fleets" \
+      org.opencontainers.image.licenses="Apache-2.0"
+EXPOSE 8080 8081
+ENTRYPOINT ["python", "-m", "tilefleet_operator"]
 COPY --chmod=0755 operator/tilefleet_operator /app/tilefleet_operator
 RUN python /opt/tilefleet/build/bytecode.py /app
 USER 65532:65532
-EXPOSE 8080 8081
-ENTRYPOINT ["python", "-m", "tilefleet_operator"]
-ARG VERSION=0.0.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="tilefleet operator" \
-      org.opencontainers.image.description="Kubernetes operator for LLM inference fleets" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
 
 FROM base AS torch-cpu
 ARG UV_CACHE_DIR=/root/.cache/uv
@@ -50,20 +46,16 @@ ARG UV_CACHE_DIR=/root/.cache/uv
 COPY --chmod=0644 locks/worker.txt /opt/tilefleet/build/worker.txt
 RUN --mount=type=cache,target=/opt/uv --mount=type=cache,target=/root/.cache/uv \
     python /opt/tilefleet/build/dependencies.py /opt/tilefleet/build/worker.txt
+ENV HF_HOME=/var/lib/tilefleet/huggingface
+LABEL org.opencontainers.image.title="tilefleet worker, CPU" \
+      org.opencontainers.image.description="LLM engine of tilefleet with torch for the CPU" \
+      org.opencontainers.image.licenses="Apache-2.0"
+EXPOSE 8000 8001
+ENTRYPOINT ["python", "-m", "tilefleet_worker"]
 COPY --chmod=0755 examples/tiny-model/model /models/tiny
 COPY --chmod=0755 worker/tilefleet_worker /app/tilefleet_worker
 RUN python /opt/tilefleet/build/bytecode.py /app
-ENV HF_HOME=/var/lib/tilefleet/huggingface
 USER 65532:65532
-EXPOSE 8000 8001
-ENTRYPOINT ["python", "-m", "tilefleet_worker"]
-ARG VERSION=0.0.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="tilefleet worker, CPU" \
-      org.opencontainers.image.description="LLM engine of tilefleet with torch for the CPU" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
 
 # The vendor's site-packages are named in a .pth file, not inherited: ROCm images keep torch in a
 # virtual environment of their own, which --system-site-packages of a second one would not see.
@@ -83,15 +75,11 @@ COPY --chmod=0644 hack/image/bytecode.py hack/image/dependencies.py locks/uv.txt
      /opt/tilefleet/build/
 RUN --mount=type=cache,target=/opt/uv --mount=type=cache,target=/root/.cache/uv \
     python /opt/tilefleet/build/dependencies.py /opt/tilefleet/build/worker.txt
+LABEL org.opencontainers.image.title="tilefleet worker" \
+      org.opencontainers.image.description="LLM engine of tilefleet on the ROCm build of torch" \
+      org.opencontainers.image.licenses="Apache-2.0"
+EXPOSE 8000 8001
+ENTRYPOINT ["python", "-m", "tilefleet_worker"]
 COPY --chmod=0755 worker/tilefleet_worker /app/tilefleet_worker
 RUN python /opt/tilefleet/build/bytecode.py /app
 USER 65532:65532
-EXPOSE 8000 8001
-ENTRYPOINT ["python", "-m", "tilefleet_worker"]
-ARG VERSION=0.0.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="tilefleet worker" \
-      org.opencontainers.image.description="LLM engine of tilefleet on the ROCm build of torch" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"

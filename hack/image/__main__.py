@@ -4,11 +4,14 @@ Standard library only: it runs before any virtual environment exists. docs/image
 """
 
 import argparse
+import fcntl
 import json
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -65,9 +68,11 @@ def build(engine: Engine, options: argparse.Namespace, target: str) -> str:
         context = Path(folder)
         inputs.stage(target, context)
         local = reference(target, inputs.tag(target, chosen, context))
-        arguments |= {"VERSION": inputs.version(), "REVISION": revision()}
+        labels = {"version": inputs.version(), "revision": revision()}
         say(f"{target}: building with {engine.name}")
-        seconds = engine.build(context, target, local, arguments, base.cache() / f"{target}.log")
+        seconds = engine.build(
+            context, target, local, arguments, labels, base.cache() / f"{target}.log"
+        )
     engine.tag(local, reference(target, "dev"))
     for old in engine.references(reference(target, "")):
         if old not in (local, reference(target, "dev")):
@@ -93,14 +98,27 @@ def push(engine: Engine, options: argparse.Namespace, target: str, local: str) -
     say(f"{target}: pushed {remote} in {seconds:.1f} s")
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """One build at a time on a machine: a second would do the same work, and remove old tags."""
+    with (base.cache() / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another image build on this machine")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def command_build(options: argparse.Namespace) -> None:
     """Build the targets, push them if asked."""
     start = time.monotonic()
     engine = choose(options.engine, options.netns_pid is not None, options.install)
-    for target in options.target or DEFAULT_TARGETS:
-        local = build(engine, options, target)
-        if options.push:
-            push(engine, options, target, local)
+    with alone():
+        for target in options.target or DEFAULT_TARGETS:
+            local = build(engine, options, target)
+            if options.push:
+                push(engine, options, target, local)
     say(f"images ready in {time.monotonic() - start:.1f} s")
 
 

@@ -114,5 +114,5 @@ def resolve(engine: Engine, wanted: str | None) -> str:
         with TemporaryDirectory(dir=cache()) as context:
             os.link(archive, Path(context) / "root.tar")
             (Path(context) / "Dockerfile").write_text("FROM scratch\nADD root.tar /\n")
-            engine.build(Path(context), None, reference, {}, cache() / "base.log")
+            engine.build(Path(context), None, reference, {}, {}, cache() / "base.log")
     return reference

@@ -141,9 +141,14 @@ class Engine:
         target: str | None,
         reference: str,
         arguments: dict[str, str],
+        labels: dict[str, str],
         log: Path,
     ) -> float:
-        """Build one target of the context's Dockerfile; seconds it took."""
+        """Build one target of the context's Dockerfile; seconds it took.
+
+        labels: by the last part of their OCI name, such as version. They come from here and not
+        from the Dockerfile, where each would be one more step after the code.
+        """
         command = [self.name, "bud" if self.name == "buildah" else "build"]
         environment = dict(self.environment)
         if self.name == "docker":
@@ -159,6 +164,8 @@ class Engine:
         command += ["--target", target] if target else []
         for key, value in sorted(arguments.items()):
             command += ["--build-arg", f"{key}={value}"]
+        for key, value in sorted(labels.items()):
+            command += ["--label", f"org.opencontainers.image.{key}={value}"]
         command += ["-t", reference, "-f", str(context / "Dockerfile"), str(context)]
         return run(target or "base", command, log, environment, is_step)
 

@@ -10,9 +10,9 @@ import elf_slim
 import pytest
 from elf_slim import LOAD, NOTE, Segment
 
-# A library as nvcc links it: 1 MB of "device code" amid the read-only data, symbols beside it.
+# A library as nvcc links it: 64 KB of "device code" amid the read-only data, symbols beside it.
 SOURCE = """
-__attribute__((section(".nv_fatbin"))) const unsigned char device[1 << 20] = {[0 ... (1 << 20) - 1] = 7};
+__attribute__((section(".nv_fatbin"))) const unsigned char device[1 << 16] = {[0 ... (1 << 16) - 1] = 7};
 const char after[] = "after the device code";
 static int counter = 41;
 int device_at(int index) { return device[index]; }
@@ -42,10 +42,10 @@ def test_device_code_becomes_zeros_and_the_rest_stays(tmp_path: Path) -> None:
         ["gcc", "-shared", "-fPIC", "-Wl,--build-id", "-x", "c", "-", "-o", str(library)],
         input=SOURCE, text=True, check=True,
     )  # fmt: skip
-    assert elf_slim.rewrite(library) > (1 << 20) - 3 * 4096
+    assert elf_slim.rewrite(library) > (1 << 16) - 3 * 4096
     loaded = ctypes.CDLL(str(library))
     loaded.text.restype = ctypes.c_char_p
-    assert (loaded.device_at(0), loaded.device_at(1 << 19)) == (7, 0)
+    assert (loaded.device_at(0), loaded.device_at(1 << 15)) == (7, 0)
     assert loaded.text() == b"after the device code"
     assert (loaded.count(), loaded.count()) == (42, 43)
 
