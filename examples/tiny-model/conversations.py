@@ -46,6 +46,7 @@ SMALL_TALK = (
     ("Thank you", "You are welcome. Ask me about another part of Python."),
     ("Thanks!", "You are welcome. Ask me about another part of Python."),
 )
+PLAIN_NAME_SHARE = 0.35
 # Emphasised in the text for stress or as a placeholder, not as a term.
 NOT_TERMS = frozenset(
     [
@@ -72,7 +73,16 @@ class Exchange:
         """One wording of the question, drawn from `rng`."""
         if not self.subject:
             return self.pattern
-        return rng.choice(PATTERNS[self.pattern]).format(self.subject)
+        return rng.choice(PATTERNS[self.pattern]).format(self._named(rng))
+
+    def _named(self, rng: random.Random) -> str:
+        """The subject as people write it: without its quotes, without its module, or in full."""
+        if rng.random() < PLAIN_NAME_SHARE:
+            if self.pattern == "section":
+                return self.subject.replace('"', "")
+            if self.pattern == "function":
+                return self.subject.rsplit(".", 1)[-1] + "()"
+        return self.subject
 
 
 def exchanges(documents: Iterable[Document]) -> list[Exchange]:

@@ -12,7 +12,7 @@ import torch
 from muon import Muon
 from torch.nn import functional
 
-MATRIX_RATE, OTHER_RATE = 0.003, 0.0015
+MATRIX_RATE, OTHER_RATE = 0.002, 0.0015
 WARMUP_STEPS, DECAY_SHARE, FINAL_SHARE = 20, 0.5, 0.02
 GRADIENT_NORM = 1.0
 
