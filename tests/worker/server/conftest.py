@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 SCRIPT = Path(__file__).with_name("fake_engine_worker.py")
-START_SECONDS = 60
+START_SECONDS = 200
 
 
 def write_tokenizer(folder: Path) -> None:

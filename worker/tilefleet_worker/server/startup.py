@@ -95,11 +95,12 @@ class Startup:
         began = time.monotonic()
         config = self._state.config
         num_cpus = usable_cpus(os.cpu_count() or 1)
-        with self._phase("import"):
-            build = self._builder()
+        # The model first: a wrong path or tokenizer is reported before seconds of imports.
         with self._phase("download"):
             folder = fetch(config.model, Path(config.cache_dir), config.hf_endpoint)
             tokenizer = Tokenizer.load(folder)
+        with self._phase("import"):
+            build = self._builder()
         self._state.begin_phase("weights")
         options = engine_config(config, num_cpus=num_cpus)
         engine = build(folder, options, on_phase=self._state.end_phase, on_progress=_Progress())
