@@ -7,6 +7,7 @@ import argparse
 import fcntl
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -169,6 +170,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     """0 if done; 1 with one message if a person must change something."""
     options = arguments().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         options.run(options)
     except ImageError as error:

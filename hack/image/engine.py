@@ -167,7 +167,17 @@ class Engine:
         for key, value in sorted(labels.items()):
             command += ["--label", f"org.opencontainers.image.{key}={value}"]
         command += ["-t", reference, "-f", str(context / "Dockerfile"), str(context)]
-        return run(target or "base", command, log, environment, is_step)
+        before = self._working_containers()
+        try:
+            return run(target or "base", command, log, environment, is_step)
+        except BaseException:  # Ctrl-C too: buildah then leaves gigabytes behind
+            for container in self._working_containers() - before:
+                self._quiet("rm", container)
+            raise
+
+    def _working_containers(self) -> set[str]:
+        """Ids of buildah's containers of unfinished builds; the other engines clean up."""
+        return set(self._quiet("containers", "-q").stdout.split() if self.name == "buildah" else ())
 
     def push(
         self, reference: str, remote: str, netns_pid: int | None, plain: bool, log: Path

@@ -47,12 +47,19 @@ def run(
                 errors="replace", env={**os.environ, **environment},
             ) as process,
         ):  # fmt: skip
-            for line in process.stdout or ():
-                sink.write(line)
-                tail = [*tail[-29:], line]
-                if interesting(line):
-                    shown = (time.monotonic(), " ".join(line.split())[:100])
-                    say(f"  {label} {shown[0] - start:5.0f} s  {shown[1]}")
+            try:
+                for line in process.stdout or ():
+                    sink.write(line)
+                    tail = [*tail[-29:], line]
+                    if interesting(line):
+                        shown = (time.monotonic(), " ".join(line.split())[:100])
+                        say(f"  {label} {shown[0] - start:5.0f} s  {shown[1]}")
+            except (
+                BaseException
+            ):  # Ctrl-C or a signal: the command ends before its caller cleans up
+                process.terminate()
+                process.wait()
+                raise
     finally:
         done.set()
     if process.returncode:
