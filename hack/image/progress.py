@@ -1,6 +1,7 @@
 """Runs one long command: its steps on the terminal with times, all of its output in a log file."""
 
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -44,7 +45,7 @@ def run(
             log.open("w") as sink,
             subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace", env={**os.environ, **environment},
+                errors="replace", env={**os.environ, **environment}, start_new_session=True,
             ) as process,
         ):  # fmt: skip
             try:
@@ -54,10 +55,8 @@ def run(
                     if interesting(line):
                         shown = (time.monotonic(), " ".join(line.split())[:100])
                         say(f"  {label} {shown[0] - start:5.0f} s  {shown[1]}")
-            except (
-                BaseException
-            ):  # Ctrl-C or a signal: the command ends before its caller cleans up
-                process.terminate()
+            except BaseException:  # Ctrl-C, say: what the command started ends with it
+                os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
                 raise
     finally:
