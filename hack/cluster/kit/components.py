@@ -98,6 +98,8 @@ def kwok(layout: Layout) -> list[str]:
         f"--kubeconfig={layout.run}/kwok.kubeconfig",
         "--manage-all-nodes=false",
         "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+        # Heartbeats: without them the nodes, and so their pods, stop being Ready after 50 s.
+        "--node-lease-duration-seconds=40",
         # Apart from the range of the real node's pods.
         "--cidr=10.245.0.0/16",
         *stages,
