@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +35,7 @@ def parse_quantity(text: str) -> int:
     suffix = match["suffix"] or ""
     try:
         size = int(Decimal(match["number"]) * (_BINARY.get(suffix) or _DECIMAL[suffix]))
-    except (InvalidOperation, OverflowError) as error:
+    except (ArithmeticError, ValueError) as error:
         raise ConfigError(f"{text!r} is not a size: the number is out of range") from error
     if size < 1:
         raise ConfigError(f"{text!r} is not a size: it must be at least 1 byte")

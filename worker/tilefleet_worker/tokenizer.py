@@ -43,6 +43,7 @@ class Tokenizer:
         )
         self._bytes_of: dict[int, bytes] = {}
         self.vocab_size = fast.get_vocab_size(with_added_tokens=True)
+        self.longest_token_characters = max(map(len, fast.get_vocab()), default=1)
         self.eos_token = _token_text(settings, "eos_token")
         self.bos_token = _token_text(settings, "bos_token")
         self.chat_template = None if template is None else self._template(template)
@@ -120,8 +121,8 @@ class _ByteDetokenizer:
 class _WindowDetokenizer:
     """For other tokenizers: decodes a short window again and emits what the new tokens added.
 
-    The window starts at the previous piece because decoders such as SentencePiece's treat the first
-    token of a text differently (they drop its leading space).
+    The window starts at the previous piece, never inside a character: decoders such as
+    SentencePiece's treat the first token of a text differently (they drop its leading space).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -146,7 +147,7 @@ class _WindowDetokenizer:
         waits = after.endswith("�") and len(self._held) < _MAX_HELD_TOKENS
         if not self._held or (waits and not final):
             return ""
-        self._context, self._held = (self._context + self._held)[-_MAX_HELD_TOKENS * 2 :], []
+        self._context, self._held = self._held, []
         return after[len(before) :]
 
 

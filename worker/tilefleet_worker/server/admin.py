@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from tilefleet_worker.errors import RequestError
 from tilefleet_worker.server.drain import Drain
-from tilefleet_worker.server.metrics import Metrics
+from tilefleet_worker.server.metrics import CONTENT_TYPE, Metrics
 from tilefleet_worker.server.protocol import parse
 from tilefleet_worker.server.replies import ApiError, error_response
 from tilefleet_worker.server.state import WorkerState
@@ -51,8 +51,7 @@ class Admin:
 
     async def metrics(self, http: HttpRequest) -> Response:
         """GET /metrics."""
-        page, content_type = self._metrics.render(http.headers.get("accept", ""))
-        return Response(page, headers={"content-type": content_type})
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def stats(self, http: HttpRequest) -> Response:
         """GET /stats: what the autoscaler reads."""

@@ -7,10 +7,9 @@ because the server cannot see when the scheduler starts a request: queue and pre
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import prometheus_client as prometheus
-from prometheus_client.exposition import choose_encoder
 
 from tilefleet_worker.server.engine_metrics import EngineCollector
 from tilefleet_worker.server.state import WorkerState
@@ -18,6 +17,7 @@ from tilefleet_worker.server.state import WorkerState
 if TYPE_CHECKING:
     from tilefleet_worker.server.answers import Answer
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISHED_REASONS = ("stop", "length", "abort", "error", "repetition")
 REJECTIONS = {"queue_full": "max_num_queued_reqs", "queue_tokens": "max_num_queued_tokens"}
 LIMITS = ("headers", "body", "context_length_exceeded", "queue_full")
@@ -202,11 +202,12 @@ class Metrics:
         self._labelled["prompt_tokens_by_source"]["local_compute"].inc(prompt - cached)
         self._labelled["prompt_tokens_by_source"]["local_cache_hit"].inc(cached)
 
-    def render(self, accept: str) -> tuple[bytes, str]:
-        """The page and its content type: OpenMetrics if the Accept header asks for it."""
-        encode, content_type = choose_encoder(accept)
-        page: Any = encode(self._registry)
-        return bytes(page), content_type
+    def render(self) -> bytes:
+        """The page, in the text format of CONTENT_TYPE whatever a scraper would like better.
+
+        The client library turns the colons of vLLM's names into underscores in OpenMetrics.
+        """
+        return prometheus.generate_latest(self._registry)
 
 
 def without_created_series() -> None:
