@@ -109,8 +109,10 @@ def _accelerator_matched(facts: Facts) -> Condition:
     if facts.fit.matching:
         count = len(facts.fit.matching)
         return Condition(kind, "True", "Matched", f"{count} nodes match" + facts.fit.refusals())
+    accelerator = facts.snapshot.deployment.spec.accelerator
+    wanted = ", ".join(accelerator.device_ids or accelerator.products) or "any AMD GPU"
     reasons = facts.fit.refusals() or "; the cluster has no AMD node"
-    return Condition(kind, "False", "NoMatchingNodes", "no node matches" + reasons)
+    return Condition(kind, "False", "NoMatchingNodes", f"no node matches {wanted}{reasons}")
 
 
 def _capacity_limited(facts: Facts) -> Condition:

@@ -1,8 +1,8 @@
 """simulate(): replay plan after plan with no cluster, for proofs and for `tilefleet plan`.
 
-The model of the world is small and honest about it: a pod is scheduled when its node has room
-(always, on vendor cpu), is ready start_seconds later, and drains in drain_seconds. The same plan()
-decides as in production.
+The model of the world is small and honest about it: a pod is placed when a node has room (always,
+on vendor cpu or without known nodes), is ready start_seconds later, and drains in drain_seconds.
+The same plan() decides as in production.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _schedule(snapshot: Snapshot, pods: tuple[PodView, ...]) -> tuple[PodView, .
 
 
 def _node(snapshot: Snapshot, use: Mapping[str, Mapping[str, float]], amd: bool) -> str | None:
-    if not amd:
+    if not amd or not snapshot.nodes:
         return "any"
     fit = hardware.fit(snapshot.deployment.spec.accelerator, snapshot.nodes, use)
     return next((node.name for node in fit.matching if node.free >= fit.devices), None)

@@ -178,7 +178,7 @@ def test_no_matching_node_names_the_refused_ones() -> None:
     assert (found["status"], found["reason"]) == ("False", "NoMatchingNodes")
     assert "sick (taint amd-gpu-unhealthy=AMDGPUXgmi)" in found["message"]
     none = conditions(snapshot(amd(1)))["AcceleratorMatched"]
-    assert "the cluster has no AMD node" in none["message"]
+    assert none["message"] == "no node matches MI300X; the cluster has no AMD node"
 
 
 def test_pod_without_room_on_cpu_repeats_the_scheduler_s_words() -> None:
