@@ -2,6 +2,11 @@
 
 import sys
 
-from kit.cli import main
+if __name__ == "__main__":
+    try:
+        from kit.cli import main
 
-sys.exit(main())
+        status = main()
+    except KeyboardInterrupt:  # before the command line was even read
+        status = 130
+    sys.exit(status)

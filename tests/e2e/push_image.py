@@ -47,7 +47,11 @@ def main(archive_path: str, host: str, repository: str) -> None:
             return member.read()
 
         index = json.loads(read("manifest.json"))[0]
-        config = upload(host, repository, read(index["Config"]), "config")
+        document = json.loads(read(index["Config"]))
+        # containerd lists an image by the digest of its configuration: one of our own, so that
+        # the pushed image and the archive's do not become names of one entry.
+        document["config"]["Labels"] = {"pushed-to": host}
+        config = upload(host, repository, json.dumps(document).encode(), "config")
         layers = [upload(host, repository, read(name), "layer") for name in index["Layers"]]
     manifest = {"schemaVersion": 2, "mediaType": TYPES["manifest"]}
     body = json.dumps({**manifest, "config": config, "layers": layers}).encode()
