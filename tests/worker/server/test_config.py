@@ -18,13 +18,22 @@ from tilefleet_worker.errors import ConfigError
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("1", 1), ("256Mi", 2**28), ("1.5Gi", 3 * 2**29), ("2G", 2 * 10**9), ("1e6", 10**6)],
+    [
+        ("1", 1),
+        ("256Mi", 2**28),
+        ("1.5Gi", 3 * 2**29),
+        ("2G", 2 * 10**9),
+        ("1e6", 10**6),
+        ("5000m", 5),
+    ],
 )
 def test_quantities(text, expected):
     assert parse_quantity(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1 GB", "Mi", "1m", "0.1", "1e999999999Gi", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "1 GB", "Mi", "1m", "999m", "0.1", "1e999999999Gi", "nan"]
+)
 def test_bad_quantities_are_refused(text):
     with pytest.raises(ConfigError):
         parse_quantity(text)
