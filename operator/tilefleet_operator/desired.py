@@ -202,6 +202,9 @@ def _container(deployment: InferenceDeployment, defaults: Defaults) -> dict[str,
 def _environment(deployment: InferenceDeployment) -> list[dict[str, Any]]:
     # The read-only root needs a writable home for libraries that cache beside the user.
     variables: list[dict[str, Any]] = [{"name": "HOME", "value": "/tmp"}]
+    # By reference, so that the revision is not part of what it is computed from.
+    label = {"fieldRef": {"fieldPath": f"metadata.labels['{LABEL_REVISION}']"}}
+    variables.append({"name": "TILEFLEET_REVISION", "valueFrom": label})
     secret = deployment.spec.model.secret_ref
     if secret.name:
         reference = {"secretKeyRef": {"name": secret.name, "key": secret.key}}

@@ -99,9 +99,9 @@ def moves(fleet: Fleet, wanted: int, snapshot: Snapshot, now: float) -> Moves:
     rollout = snapshot.deployment.spec.rollout
     failed, held, wait = _failed(fleet.failed, now)
     surplus = _surplus(fleet, wanted, snapshot)
-    gone = {removal.pod.uid for removal in surplus}
-    available = sum(1 for pod in fleet.ready if pod.uid not in gone)
-    outdated = _outdated(fleet, available - max(0, wanted - rollout.max_unavailable), snapshot)
+    # Ready surplus may be counted: it leaves only where `wanted` ready pods of its revision stay.
+    spare = len(fleet.ready) - max(0, wanted - rollout.max_unavailable)
+    outdated = _outdated(fleet, spare, snapshot)
     new = len(fleet.new) - len(surplus)
     old = len(fleet.old) - len(outdated)
     surge = rollout.max_surge if fleet.old else 0
