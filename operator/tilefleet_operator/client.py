@@ -31,6 +31,7 @@ from tilefleet_operator.resources import LEASES, Resource, path
 
 Json = dict[str, Any]
 LIST_CHUNK = 500
+CONNECTIONS = 16  # a burst of creates must not take the API server's whole share of one client
 _ERRORS = {403: Forbidden, 404: NotFound, 409: Conflict, 410: Gone, 422: Unprocessable}
 
 
@@ -67,7 +68,7 @@ class ApiClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=64, ssl=self.login.ssl_context or True)
+        connector = aiohttp.TCPConnector(limit=CONNECTIONS, ssl=self.login.ssl_context or True)
         self._session = aiohttp.ClientSession(connector=connector)
         return self
 

@@ -82,9 +82,11 @@ class Process:
         self.telemetry = Telemetry()
         self.login = login(config.kubeconfig)
         self.api = ApiClient(self.login, guard=self._guard, observer=self.telemetry.observe_request)
+        # A client of its own: the Lease must never wait behind a burst of other requests.
+        self.lease_api = ApiClient(self.login, observer=self.telemetry.observe_request)
         # The suffix tells this process from one of the same name that was killed.
         self.identity = f"{config.identity}_{uuid.uuid4().hex[:8]}"
-        store = ApiLease(self.api, config.namespace, config.lease_name)
+        store = ApiLease(self.lease_api, config.namespace, config.lease_name)
         self.election = Election(store, self.identity, config.timing)
         self.leader: Leader | None = None
         self.stopping = asyncio.Event()
@@ -96,7 +98,7 @@ class Process:
             loop.add_signal_handler(number, self.stopping.set)
         await serve_probes(self.unhealthy, self.unready, self.config.probe_port)
         await serve_metrics(self.telemetry, self._refresh, self.config.metrics_port)
-        async with self.api:
+        async with self.api, self.lease_api:
             if await self._first(self.election.acquire()):
                 return 0
             logger.info("%s leads", self.identity)

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.apiserver
 
 Start = Callable[[str], OperatorProcess]
 TAKEOVER_SECONDS = 20
+# More than the burst of writes, so that the leader can be killed in the middle.
+REPLICAS = 180
 QUIET_SECONDS = 15
 
 
@@ -130,26 +132,27 @@ def test_a_killed_leader_is_replaced_and_no_pod_is_created_twice(
     follower = start("operator-b")
     until("the follower is up", lambda: follower.http(follower.probe_port, "/readyz")[0] == 200)
     position = namespace.api.audit_position()
-    namespace.fleet("fleet", replicas=40)
+    namespace.fleet("fleet", replicas=REPLICAS)
     until("the create is under way", lambda: len(namespace.pods("fleet")) >= 3, every=0.001)
     leader.signal(signal.SIGKILL)
     killed = time.monotonic()
     before = len(namespace.pods("fleet"))
     until("the other leads", follower.leads, TAKEOVER_SECONDS)
-    until("all pods are there", lambda: len(namespace.pods("fleet")) >= 40, TAKEOVER_SECONDS)
-    assert time.monotonic() - killed < TAKEOVER_SECONDS
-    assert before < 40, "the leader was killed too late to prove anything"
+    print(f"the other leads {time.monotonic() - killed:.1f} s after kill -9; {before} pods then")
+    until("all pods are there", lambda: len(namespace.pods("fleet")) >= REPLICAS)
+    assert before < REPLICAS, "the leader was killed too late to prove anything"
     time.sleep(2)
     names = slots(namespace, "fleet")
-    assert sorted(int(name.rpartition("-")[2]) for name in names) == list(range(40))
-    created = [
-        entry["objectRef"]["name"]
+    assert sorted(int(name.rpartition("-")[2]) for name in names) == list(range(REPLICAS))
+    pods = [
+        entry
         for entry in namespace.api.audit(position)
-        if entry["objectRef"]["resource"] == "pods"
-        and entry["verb"] == "patch"
-        and entry["responseStatus"]["code"] == 201
+        if (entry.get("objectRef") or {}).get("resource") == "pods"
     ]
-    assert sorted(created) == names
+    assert not [entry for entry in pods if entry["verb"] == "delete"]
+    # A create that was cut by the kill may have landed without its answer being logged.
+    created = [e["objectRef"]["name"] for e in pods if e["responseStatus"]["code"] == 201]
+    assert len(created) == len(set(created))
 
 
 def test_a_stopped_leader_hands_over_at_once(namespace: Namespace, start: Start) -> None:
@@ -171,6 +174,7 @@ def test_a_leader_that_was_frozen_writes_nothing_afterwards(
     leader = start("operator-a")
     leader.wait_leads()
     follower = start("operator-b")
+    until("the follower is up", lambda: follower.http(follower.probe_port, "/readyz")[0] == 200)
     leader.signal(signal.SIGSTOP)
     until("the other leads", follower.leads, TAKEOVER_SECONDS)
     namespace.fleet("fleet", replicas=2)
