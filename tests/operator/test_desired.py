@@ -100,11 +100,12 @@ def test_claim_is_mounted_read_only_and_named_as_a_path() -> None:
 def test_hub_token_comes_from_the_named_secret_only() -> None:
     of = {"model": {"uri": "hf://a/b", "secretRef": {"name": "hub", "key": "t"}}}
     env = rendered(**of)["spec"]["containers"][0]["env"]
-    assert env[1] == {
+    assert env[-1] == {
         "name": "HF_TOKEN",
         "valueFrom": {"secretKeyRef": {"name": "hub", "key": "t"}},
     }
-    assert len(rendered()["spec"]["containers"][0]["env"]) == 1
+    names = [variable["name"] for variable in rendered()["spec"]["containers"][0]["env"]]
+    assert names == ["HOME", "TILEFLEET_REVISION"]
 
 
 def test_probes_ask_the_admin_port() -> None:

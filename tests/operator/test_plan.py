@@ -141,6 +141,7 @@ def test_foreign_pods_and_services_are_never_touched() -> None:
     assert result.status is not None
     degraded = next(c for c in result.status["conditions"] if c["type"] == "Degraded")
     assert degraded["reason"] == "NameConflict"
+    assert result.requeue_after == 5.0, "no watch shows the end of a Service without our label"
     assert "choose another name" in degraded["message"]
 
 
