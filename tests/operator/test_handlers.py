@@ -1,0 +1,114 @@
+"""The kopf shell: which events mark which keys dirty."""
+
+from typing import Any
+
+import kopf
+import pytest
+
+from tests.operator.builders import document
+from tilefleet_operator.cache import ObjectCache
+from tilefleet_operator.cluster import Cluster
+from tilefleet_operator.handlers import Shell, configure
+from tilefleet_operator.login import Login
+
+
+class Harness:
+    def __init__(self) -> None:
+        self.dirty: list[tuple[str, str]] = []
+        self.relists = 0
+        cluster = Cluster(None, ObjectCache())  # type: ignore[arg-type]
+        login = Login("http://x", None, lambda: "token")
+        self.shell = Shell(cluster, login, self.dirty.append, self.relisted)
+
+    def relisted(self) -> None:
+        self.relists += 1
+
+    async def event(self, kind: str, body: dict[str, Any], event: str | None = "MODIFIED") -> None:
+        await getattr(self.shell, f"_{kind}")(event={"type": event, "object": body})
+
+
+def at(body: dict[str, Any], version: int) -> dict[str, Any]:
+    return {**body, "metadata": {**body["metadata"], "resourceVersion": str(version)}}
+
+
+def node(ready: str = "True", beat: str = "1", **labels: str) -> dict[str, Any]:
+    condition = {"type": "Ready", "status": ready, "lastHeartbeatTime": beat}
+    status = {"conditions": [condition], "allocatable": {"amd.com/gpu": "8"}, "images": []}
+    return {"metadata": {"name": "n", "uid": "n", "labels": labels}, "spec": {}, "status": status}
+
+
+@pytest.fixture
+def harness() -> Harness:
+    return Harness()
+
+
+async def test_a_deployment_marks_itself(harness: Harness) -> None:
+    await harness.event("deployment", at(document(), 1))
+    assert harness.dirty == [("team", "llm")]
+    await harness.event("deployment", at(document(), 1))
+    assert len(harness.dirty) == 1, "an event that changes nothing is no news"
+    await harness.event("deployment", at(document(), 2), "DELETED")
+    assert len(harness.dirty) == 2
+
+
+@pytest.mark.parametrize("kind", ["pod", "service"])
+async def test_a_child_marks_its_owner(harness: Harness, kind: str) -> None:
+    labels = {"tilefleet.io/deployment": "llm"}
+    metadata = {"name": "x", "namespace": "team", "uid": "u", "labels": labels}
+    await harness.event(kind, at({"metadata": metadata}, 1), "ADDED")
+    await harness.event(kind, at({"metadata": metadata}, 2), "DELETED")
+    assert harness.dirty == [("team", "llm")] * 2
+
+
+async def test_a_heartbeat_of_a_node_marks_nobody(harness: Harness) -> None:
+    amd = {"vendor": "amd", "products": ["MI300X"]}
+    await harness.event("deployment", at(document(accelerator=amd), 1))
+    await harness.event("node", at(node(), 1), "ADDED")
+    harness.dirty.clear()
+    await harness.event("node", at(node(beat="2"), 2))
+    await harness.event("node", at(node(beat="3"), 3))
+    assert harness.dirty == []
+
+
+@pytest.mark.parametrize("change", [node(ready="False"), node(**{"amd.com/gpu.family": "AI"})])
+async def test_a_node_that_changes_marks_amd_fleets_only(
+    harness: Harness, change: dict[str, Any]
+) -> None:
+    cpu = document("cpu")
+    cpu["metadata"]["uid"] = "other"
+    await harness.event("deployment", at(document(accelerator={"vendor": "amd"}), 1))
+    await harness.event("deployment", at(cpu, 1))
+    await harness.event("node", at(node(), 1), "ADDED")
+    harness.dirty.clear()
+    await harness.event("node", at(change, 2))
+    assert harness.dirty == [("team", "llm")]
+
+
+async def test_a_broken_watch_asks_for_a_list(harness: Harness) -> None:
+    """kopf lists again after 410 Gone, and says nothing of what was deleted meanwhile."""
+    await harness.event("deployment", at(document(), 1), None)
+    assert harness.relists == 1
+
+
+async def test_kopf_stores_posts_and_scans_nothing() -> None:
+    settings = kopf.OperatorSettings()
+    await configure(settings)
+    assert not settings.posting.enabled
+    assert settings.scanning.disabled
+    assert settings.watching.client_timeout is not None
+    assert settings.watching.server_timeout is not None
+    assert settings.watching.client_timeout > settings.watching.server_timeout
+
+
+async def test_only_event_handlers_are_registered(harness: Harness) -> None:
+    """Any other kind of handler would write annotations or finalizers."""
+    registry = harness.shell.registry()
+    assert len(registry._watching.get_all_handlers()) == 4
+    for others in (registry._changing, registry._spawning, registry._indexing):
+        assert list(others.get_all_handlers()) == []
+
+
+async def test_kopf_logs_in_as_the_client_does(harness: Harness) -> None:
+    info = await harness.shell._login()
+    assert (info.server, info.token) == ("http://x", "token")
+    assert info.expiration is not None, "or a renewed token would never be read"
