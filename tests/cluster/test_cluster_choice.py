@@ -55,8 +55,32 @@ def test_every_template_fills_in_completely(tmp_path: Path) -> None:
 def test_a_run_folder_that_is_not_ours_is_never_removed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(KitError, match="is not a cluster's run folder"):
-        traces.remove(Layout(tmp_path, tmp_path, "v"), alone=True)
+        traces.remove(Layout(tmp_path, tmp_path, "v"), heirs=[])
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_cluster_that_outlives_another_takes_over_what_is_to_be_undone(tmp_path: Path) -> None:
+    folder = tmp_path / "kubelet"
+    folder.mkdir()
+    first, second = Layout(tmp_path, tmp_path / "a", "v"), Layout(tmp_path, tmp_path / "b", "v")
+    states = {
+        first: traces.Traces("none-a", [str(folder)], {"kernel/panic": "old"}),
+        second: traces.Traces("none-b", [], {"kernel/panic": "10"}),
+    }
+    for layout, state in states.items():
+        layout.run.mkdir()
+        layout.state.write_text(json.dumps(vars(state)))
+    traces.remove(first, heirs=[second.run])
+    assert folder.exists()
+    assert not first.run.exists()
+    assert json.loads(second.state.read_text()) == {
+        "cgroup": "none-b",
+        "created_folders": [str(folder)],
+        "kernel_settings": {"kernel/panic": "old"},
+    }
+    second.state.write_text(json.dumps(vars(traces.Traces("none-b", [str(folder)], {}))))
+    traces.remove(second, heirs=[])
+    assert not folder.exists()
 
 
 def test_fake_nodes_carry_every_form_of_the_labels() -> None:

@@ -77,20 +77,30 @@ def find_init(layout: Layout) -> int | None:
     return next((pid for pid, name in _kit_processes(layout) if name != "unshare"), None)
 
 
-def _kit_processes(layout: Layout | None) -> list[tuple[int, str]]:
-    """Ids and names of the cluster's first process and of the unshare that made its namespaces.
+def _kit_processes(layout: Layout) -> list[tuple[int, str]]:
+    """Ids and names of the cluster's first process and of the unshare that made its namespaces."""
+    return [(pid, name) for pid, name, run in _all_kit_processes() if run == layout.run]
+
+
+def _other_run_folders() -> list[Path]:
+    """Run folders of all clusters of the kit on this machine that were not ended."""
+    runs = {run for _, _, run in _all_kit_processes() if (run / "state.json").exists()}
+    return sorted(runs)
+
+
+def _all_kit_processes() -> list[tuple[int, str, Path]]:
+    """Id, program name and run folder of each.
 
     Found by their command line, which names the run folder: a recorded id could be reused.
-    Without a layout: those of every cluster of the kit.
     """
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 arguments = (entry / "cmdline").read_text(errors="replace").split("\0")[:-1]
-                ours = arguments[-2:-1] == [INIT_COMMAND]
-                if ours and (layout is None or arguments[-1] == str(layout.run)):
-                    found.append((int(entry.name), os.path.basename(arguments[0])))
+                if arguments[-2:-1] == [INIT_COMMAND]:
+                    name = os.path.basename(arguments[0])
+                    found.append((int(entry.name), name, Path(arguments[-1])))
     return found
 
 
@@ -184,7 +194,7 @@ def _end(layout: Layout, progress: Progress) -> None:
             kill_and_wait(pid, ticks)
     if namespace and namespace != os.readlink("/proc/self/ns/net"):
         _end_visitors(namespace, progress)
-    traces.remove(layout, alone=not _kit_processes(None))
+    traces.remove(layout, _other_run_folders())
 
 
 def _end_visitors(namespace: str, progress: Progress) -> None:

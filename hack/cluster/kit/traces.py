@@ -42,16 +42,19 @@ def leave(layout: Layout) -> None:
     cgroups.create(layout.cgroup)
 
 
-def remove(layout: Layout, alone: bool) -> None:
+def remove(layout: Layout, heirs: list[Path]) -> None:
     """Undo what `leave` did and remove the run folder; a second call does nothing.
 
-    alone: no other cluster of the kit runs. If one does it still needs the folders and the
-    kernel's settings. Raises KitError where the run folder holds something that is not ours.
+    heirs: run folders of other clusters of the kit that run now. They still need the folders and
+    the kernel's settings, so the first of them takes over to undo these.
+    Raises KitError where the run folder holds something that is not ours.
     """
     if layout.state.exists():
         traces = Traces(**json.loads(layout.state.read_text()))
         cgroups.remove(traces.cgroup)
-        if alone:
+        if heirs:
+            _hand_over(traces, heirs[0] / "state.json")
+        else:
             _restore(traces)
     elif layout.run.exists() and any(layout.run.iterdir()):
         raise KitError(
@@ -60,6 +63,16 @@ def remove(layout: Layout, alone: bool) -> None:
         )
     if layout.run.exists():
         _remove_tree(layout)
+
+
+def _hand_over(traces: Traces, state: Path) -> None:
+    heir = Traces(**json.loads(state.read_text()))
+    # Whoever made the folders came first and saw the settings as they had been.
+    settings = traces.kernel_settings if traces.created_folders else heir.kernel_settings
+    created = sorted({*heir.created_folders, *traces.created_folders})
+    partial = state.with_name(".state.json")
+    partial.write_text(json.dumps(asdict(Traces(heir.cgroup, created, settings))))
+    partial.rename(state)
 
 
 def _restore(traces: Traces) -> None:
