@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.locked
 
-.PHONY: system help demo test test-unit test-cluster check format bench image cluster cluster-down lock
+.PHONY: bench-operator system help demo test test-unit test-cluster check format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -36,6 +36,9 @@ format: $(STAMP)  ## write the format that check expects
 
 bench: $(STAMP)  ## every benchmark, JSON lines
 	@for b in benchmarks/*.py; do $(PY) $$b || exit 1; done
+
+bench-operator: $(STAMP)  ## apply → pod created (a file called operator.py would hide the standard library's)
+	@$(PY) benchmarks/operator_latency.py
 
 bench-%: $(STAMP)  ## one benchmark, e.g. bench-engine-cpu
 	@$(PY) benchmarks/$(subst -,_,$*).py
