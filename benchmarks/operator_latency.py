@@ -46,7 +46,7 @@ def latencies(bed: Testbed, position: int, names: list[str]) -> list[float] | No
     fleets: dict[str, float] = {}
     pods: dict[str, float] = {}
     for event in bed.audit_events(position):
-        reference = event.get("objectRef", {})
+        reference = event["objectRef"]
         if event.get("responseStatus", {}).get("code") != 201:
             continue
         if reference.get("namespace") != NAMESPACE or reference.get("subresource"):

@@ -4,8 +4,8 @@ The local cluster by default; with KUBECONFIG=FILE that cluster, with CLUSTER=ki
 """
 
 import contextlib
-import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -36,7 +36,7 @@ def started(keep: bool = False, stage: Stage = quiet) -> Iterator[Testbed]:
     Raises TestbedError.
     """
     bed: Testbed | None = None
-    ran_before = tool("hack/cluster", "status", check=False) == 0
+    ran_before = tool("hack/cluster", "status", check=False)[0] == 0
     try:
         with stage("cluster", "etcd, API server, kubelet, containerd, DNS, registry"):
             tool("hack/cluster", "up")
@@ -55,23 +55,27 @@ def started(keep: bool = False, stage: Stage = quiet) -> Iterator[Testbed]:
                     tool("hack/cluster", "down")
 
 
-def tool(folder: str, *arguments: str, check: bool = True) -> int:
-    """Exit status of one of the repository's tools; its output goes to the terminal.
+def tool(folder: str, *arguments: str, check: bool = True) -> tuple[int, list[str]]:
+    """Exit status and lines of one of the repository's tools; they go to the terminal as they come.
 
     After Ctrl-C it waits until the tool has cleaned up. Raises TestbedError.
     """
     command = ["python3", "-u", folder, *arguments]
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    lines: list[str] = []
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
         try:
+            for line in process.stdout or ():
+                lines.append(line.rstrip("\n"))
+                print(line, end="", flush=True)
             status = process.wait()
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
+                process.communicate(timeout=STOP_SECONDS)
             raise
     if check and status != 0:
         raise TestbedError(f"{' '.join(command)}: exit status {status}; its last lines say why")
-    return status
+    return status, lines
 
 
 def output(*arguments: str) -> str:
@@ -104,11 +108,12 @@ def with_images(bed: Testbed) -> Testbed:
     registry = bed.environment.get("REGISTRY", "")
     if bed.is_local:
         inside = bed.environment["TILEFLEET_INIT_PID"]
-        tool("hack/image", *build, "--push", registry, "--netns-pid", inside)
+        _, lines = tool("hack/image", *build, "--push", registry, "--netns-pid", inside)
     elif bed.environment.get("TILEFLEET_CLUSTER") == "kind":
         registry = "localhost"
-        tool("hack/image", *build)
-        bed.run("kind", "load", "docker-image", "--name", RELEASE, *refs(registry), seconds=900)
+        _, lines = tool("hack/image", *build)
+        images = built(lines, registry).values()
+        bed.run("kind", "load", "docker-image", "--name", RELEASE, *images, seconds=900)
     else:
         registry = os.environ.get("IMAGE_REGISTRY", "")
         if not registry:
@@ -116,14 +121,20 @@ def with_images(bed: Testbed) -> Testbed:
                 "IMAGE_REGISTRY is not set: name the registry (host[:port]) that the nodes of "
                 "KUBECONFIG's cluster pull from and that this machine may push to"
             )
-        tool("hack/image", *build, "--push", registry, "--tls")
-    return Testbed(**{**vars(bed), "chart_values": chart_values(refs(registry))})
+        _, lines = tool("hack/image", *build, "--push", registry, "--tls")
+    return Testbed(**{**vars(bed), "chart_values": chart_values(built(lines, registry))})
 
 
-def refs(registry: str) -> dict[str, str]:
-    """Image target -> reference of the present sources in a registry."""
-    found: dict[str, str] = json.loads(output("hack/image", "refs", "--registry", registry))
-    return {target: found[target] for target in TARGETS}
+def built(lines: list[str], registry: str) -> dict[str, str]:
+    """Image target -> reference that a build named last; sources may have changed since."""
+    found: dict[str, str] = {}
+    for target in TARGETS:
+        pattern = re.compile(re.escape(f"{registry}/tilefleet/{target}:") + r"[0-9a-f]+")
+        matches = [match.group() for line in lines for match in pattern.finditer(line)]
+        if not matches:
+            raise TestbedError(f"the build named no image {registry}/tilefleet/{target}")
+        found[target] = matches[-1]
+    return found
 
 
 def chart_values(references: dict[str, str]) -> tuple[str, ...]:

@@ -191,13 +191,14 @@ class Testbed:
         return lease["spec"].get("holderIdentity") if lease else None
 
     def audit_events(self, since: int = 0) -> list[Json]:
-        """Complete lines of the API server's audit log from a byte offset on."""
+        """Requests about resources in the API server's audit log, from a byte offset on."""
         if self.audit_log is None:
             raise TestbedError("this cluster's audit log is not ours to read")
         with self.audit_log.open("rb") as log:
             log.seek(since)
             lines = log.read().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        events = (json.loads(line) for line in lines if line.endswith(b"\n"))
+        return [event for event in events if "objectRef" in event]
 
     def audit_position(self) -> int:
         """Byte offset of the present end of the audit log."""
