@@ -208,6 +208,11 @@ def test_burst_is_seen_in_ten_seconds_and_noise_is_not() -> None:
     assert arrival_rate(series(history(*quiet, *few)), NOW + 70, 60) < 0.6
 
 
+def test_two_arrivals_in_the_first_two_seconds_are_no_rate_of_one() -> None:
+    totals = series(history((0, {"a": stats()}), (2, {"a": stats(arrivals=2)})))
+    assert arrival_rate(totals, NOW + 2, 60) == pytest.approx(0.2)
+
+
 def test_capacity_needs_evidence_and_a_full_replica() -> None:
     def at(second: float, waiting: int) -> tuple[float, dict[str, object]]:
         wait = 2.0 if waiting else 0.0
@@ -267,6 +272,16 @@ def test_shrinking_waits_for_window_and_interval_and_says_for_how_long() -> None
     assert half.desired == 4
     soon = decide(history(*idle), replace(policy, last_shrink=NOW + 58), NOW + 60)
     assert (soon.desired, soon.wait_seconds) == (8, 3.0)
+
+
+def test_fleet_never_shrinks_while_requests_wait() -> None:
+    waiting = {"a": stats(running=1, waiting=1, oldest_wait_seconds=5.0, generated_tokens=1)}
+    frames = [(2.0 * i, waiting) for i in range(31)]
+    policy = replace(POLICY, current=3, ready=("a",), stored_capacity=1e6)
+    held = decide(history(*frames), policy, NOW + 60)
+    assert (held.desired, held.reason) == (3, "requests wait; not shrinking")
+    calm = [(2.0 * i, {"a": stats()}) for i in range(31)]
+    assert decide(history(*calm), policy, NOW + 60).desired == 2
 
 
 @settings(deadline=None)

@@ -173,6 +173,18 @@ def test_third_replica_that_does_not_fit_says_why_on_the_object() -> None:
     )
 
 
+def test_running_fleet_is_not_limited_by_a_node_that_takes_no_new_pods() -> None:
+    of = amd(1)
+    new = revision(of, DEFAULTS)
+    here = pod(f"llm-{new}-0", new, node="spx8", requests={"amd.com/gpu": 8.0})
+    cordoned = replace(node("spx8"), schedulable=False)
+    found = conditions(snapshot(of, (here,), nodes=(cordoned,)))
+    assert found["CapacityLimited"]["status"] == "False"
+    pending = replace(here, ready=False, node=None)
+    found = conditions(snapshot(of, (pending,), nodes=(cordoned,)))
+    assert "refused: spx8 (cordoned)" in found["CapacityLimited"]["message"]
+
+
 def test_no_matching_node_names_the_refused_ones() -> None:
     found = conditions(snapshot(amd(1), nodes=(node("sick"),)))["AcceleratorMatched"]
     assert (found["status"], found["reason"]) == ("False", "NoMatchingNodes")
