@@ -25,6 +25,7 @@ check: $(STAMP)  ## format, lint, types, import contracts, generated files, line
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	MYPYPATH=hack/cluster .venv/bin/mypy --strict --explicit-package-bases -p kit
 	PYTHONPATH= .venv/bin/lint-imports
 	$(PY) -m tilefleet_operator crd | diff -u crds/tilefleet.io_inferencedeployments.yaml -
 	diff -r crds helm/tilefleet/files/crds
