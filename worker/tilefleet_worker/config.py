@@ -18,7 +18,7 @@ from tilefleet_worker.engine_config import BACKENDS, DTYPES, EngineConfig
 from tilefleet_worker.errors import ConfigError
 
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_DECIMAL = {
+_DECIMAL: dict[str, int | Decimal] = {
     "m": Decimal("0.001"),
     "": 1,
     "k": 10**3,
