@@ -9,14 +9,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.request import Delta, Request
 from tilefleet_worker.server.metrics import Metrics
 from tilefleet_worker.server.replies import ApiError, draining, internal_error
 from tilefleet_worker.stop_strings import StopMatcher
-from tilefleet_worker.tokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from tilefleet_worker.tokenizer import Detokenizer
 
 EndReason = Literal["stop", "length"]
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilefleet_worker.config import ServeConfig
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.stats import EngineStats
-from tilefleet_worker.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tilefleet_worker.tokenizer import Tokenizer
 
 STATS_VERSION = 1
 COUNTERS = (
