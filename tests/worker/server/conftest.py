@@ -84,8 +84,14 @@ class RunningWorker:
     def wait_ready(self) -> "RunningWorker":
         assert self.listening.wait(START_SECONDS), self.log
         assert self.api_port, self.log
-        self.wait(lambda: httpx.get(self.admin + "/readyz").status_code == 200)
+        self.wait(self.is_ready)
         return self
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(self.admin + "/readyz", timeout=10).status_code == 200
+        except httpx.TransportError:  # the import of torch can hold the interpreter for seconds
+            return False
 
     def wait(self, fact: Callable[[], bool], seconds: float = START_SECONDS) -> None:
         """Wait until a fact holds; the process must live on."""

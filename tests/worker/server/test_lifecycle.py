@@ -81,8 +81,8 @@ def test_sigterm_while_loading_exits_clean(start_worker):
 
 
 def test_sigterm_lets_running_requests_finish(start_worker):
-    worker = start_worker("--removal-delay", "1s", step_seconds=0.01).wait_ready()
-    stream = Stream(worker, max_tokens=250)
+    worker = start_worker("--removal-delay", "3s", step_seconds=0.02).wait_ready()
+    stream = Stream(worker)
     assert stream.first.wait(20)
     worker.process.send_signal(signal.SIGTERM)
     worker.wait(lambda: status(worker.admin + "/readyz") == 503, 5)
@@ -99,7 +99,7 @@ def test_sigterm_lets_running_requests_finish(start_worker):
     events = stream.events()
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-    assert worker.process.wait(20) == 0
+    assert worker.process.wait(30) == 0
 
 
 def test_deadline_cuts_with_an_error_event(start_worker):
