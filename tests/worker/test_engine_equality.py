@@ -10,6 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from tilefleet_worker import attention, models
+from tilefleet_worker.attention.base import AttentionStep
+from tilefleet_worker.batch import Batch
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.model_config import ModelConfig
@@ -23,6 +25,9 @@ from tilefleet_worker.weights import Weights
 TRAINED = Path(__file__).parents[2] / "examples" / "tiny-model" / "model"
 BLOCK = 16
 ANSWER = 64
+# Equal bits were measured on AVX2. Elsewhere tokens must be equal, and the engine's own probe says
+# at start whether bits are.
+BITS_PROMISED = torch.backends.cpu.get_cpu_capability() == "AVX2"
 VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "untied-bias": {
@@ -229,7 +234,20 @@ def test_bits_do_not_depend_on_company_chunks_preemption_or_hits(folder: Path, c
     differing = [
         key for key, logits in runner.logits.items() if not logits.equal(expected_logits[key])
     ]
-    assert differing == []
+    assert differing == [] or not BITS_PROMISED
+
+
+def test_the_probe_of_batch_invariance_sees_a_backend_that_lacks_it(folder: Path) -> None:
+    config, model = load(folder)
+    cache = KVCache(config, 8, BLOCK)
+    runner = Runner(model, cache, attention.create("cpu", config))
+    assert runner.batch_invariant() or not BITS_PROMISED
+
+    class Drifting:
+        def forward(self, batch: Batch, step: AttentionStep, kv: KVCache) -> torch.Tensor:
+            return model.forward(batch, step, kv) * (1 + 1e-6 * len(batch.sampled))
+
+    assert not Runner(Drifting(), cache, attention.create("cpu", config)).batch_invariant()
 
 
 def test_a_row_run_again_changes_nothing(folder: Path) -> None:

@@ -223,6 +223,7 @@ def test_the_factory_reports_phases_and_resolves_options(tmp_path: Path) -> None
     assert phases == [name for name, _ in engine.info.startup] == ["weights", "pool", "warmup"]
     assert engine.info.config["backend"] == "cpu"
     assert engine.info.config["threads"] == 1
+    assert isinstance(engine.info.config["batch_invariant"], bool)  # true on AVX2, measured
     assert engine.info.max_model_len == 128
     assert engine.info.eos_token_ids == (1,)
     assert engine.info.device["kind"] == "cpu"

@@ -73,6 +73,9 @@ def build_engine(
     phases.end("pool")
     runner = Runner(model, cache, backend)
     runner.warm_up(config.max_batch_tokens)
+    batch_invariant = runner.batch_invariant()
+    if not batch_invariant:
+        LOGGER.warning("on this processor a request's last bits depend on its batch-mates")
     phases.end("warmup")
     info = EngineInfo(
         vocab_size=model_config.vocab_size,
@@ -80,7 +83,11 @@ def build_engine(
         block_size=config.block_size,
         eos_token_ids=model_config.eos_token_ids,
         device=_device(),
-        config={**asdict(config), "threads": torch.get_num_threads()},
+        config={
+            **asdict(config),
+            "threads": torch.get_num_threads(),
+            "batch_invariant": batch_invariant,
+        },
         startup=tuple(phases.done),
     )
     return Engine(

@@ -31,9 +31,26 @@ class Linear:
         return y
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """x / √(mean(x²) + eps) · weight, over the last dimension (Zhang and Sennrich, 2019)."""
-    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+class RMSNorm:
+    """x / √(mean(x²) + eps) over the last dimension (Zhang and Sennrich, 2019).
+
+    Without a weight: a linear map that follows takes it in with `folded`, for free. Four kernels;
+    torch.nn.functional.rms_norm runs nine on a CPU (2.15.0), which at decode is a fifth of a step.
+    """
+
+    def __init__(self, eps: float) -> None:
+        self._eps = torch.tensor(eps)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., features], fp32 → the same shape."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, length, length, value=1.0 / x.shape[-1]).rsqrt_()
+        return x * scale
+
+
+def folded(weight: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:
+    """Weight [out, in] of a map whose input is normed, with the norm's weight [in] taken in."""
+    return weight * norm_weight
 
 
 def interleave_halves(tensor: torch.Tensor) -> torch.Tensor:

@@ -42,17 +42,26 @@ class Runner:
         batch = build_batch(plan, self._cache.block_size)
         return self._model.forward(batch, self._attention.plan(batch.attention), self._cache)
 
+    def batch_invariant(self) -> bool:
+        """Measure whether a request has the same logits, bit by bit, alone and in a batch.
+
+        Shapes and kernels are chosen so that it holds on AVX2; other processors may differ. Call
+        it before any request: it writes to the first blocks of the cache.
+        """
+        length = self._cache.block_size
+        rows = [
+            _probe(0, (1,) * length, (block,)) for block in range(min(5, self._cache.num_blocks))
+        ]
+        prompts = self.logits(StepPlan(tuple(rows)))
+        decodes = [_probe(length - 1, (1,), row.block_ids) for row in rows]
+        together = self.logits(StepPlan(tuple(decodes)))
+        alone = self.logits(StepPlan((decodes[0],)))
+        expected = prompts[:1].expand_as(prompts)
+        return all(part.equal(expected[: len(part)]) for part in (prompts, together, alone))
+
     def check(self) -> None:
         """Run one token in the spare block. Raises EngineError when that gives no token."""
-        row = StepRow(
-            request_id=_CHECK_ID,
-            start=0,
-            token_ids=(0,),
-            block_ids=(self._cache.spare_block_id,),
-            sample=True,
-            params=SamplingParams(max_tokens=1, temperature=0.0),
-            seed=0,
-        )
+        row = _probe(0, (0,), (self._cache.spare_block_id,))
         result = self.run(StepPlan((row,)))
         if _CHECK_ID not in result.tokens:
             raise EngineError(f"The self-check failed: {result.faults.get(_CHECK_ID)}.")
@@ -63,7 +72,12 @@ class Runner:
         First calls build oneDNN's kernels and fault in memory: better here than under a request.
         """
         length = min(max_tokens, self._cache.block_size)
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        block = (self._cache.spare_block_id,)
-        self.run(StepPlan((StepRow(_CHECK_ID, 0, (0,) * length, block, True, params, 0),)))
+        row = _probe(0, (0,) * length, (self._cache.spare_block_id,))
+        self.run(StepPlan((row,)))
         self.check()
+
+
+def _probe(start: int, token_ids: tuple[int, ...], block_ids: tuple[int, ...]) -> StepRow:
+    """A greedy row of nobody's request."""
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    return StepRow(_CHECK_ID, start, token_ids, block_ids, True, params, seed=0)

@@ -62,7 +62,7 @@ class CPUAttention:
 class _DecodeGroup:
     """Decodes of similar context, attended in one call."""
 
-    offsets: torch.Tensor  # int64 [rows]: index among the step's tokens
+    offsets: torch.Tensor | slice  # index among the step's tokens; a slice spares a copy
     tables: list[tuple[int, ...]]
     num_keys: int  # padded, of the longest
     mask: torch.Tensor  # fp32 [rows, 1, 1, num_keys]: 0 or -inf, added to the scores
@@ -77,16 +77,18 @@ def _decode_groups(rows: list[AttentionRow]) -> list[_DecodeGroup]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return [_decode_group(group) for group in groups]
+    return [_decode_group(sorted(group, key=lambda row: row.offset)) for group in groups]
 
 
 def _decode_group(rows: list[AttentionRow]) -> _DecodeGroup:
-    num_keys = padded_keys(rows[0].end)
     ends = np.array([row.end for row in rows])
+    num_keys = padded_keys(int(ends.max()))
+    first, last = rows[0].offset, rows[-1].offset
+    contiguous = last - first + 1 == len(rows)
     hidden = np.arange(num_keys)[None, :] >= ends[:, None]
     mask = np.where(hidden, np.float32(-np.inf), np.float32(0.0))
     return _DecodeGroup(
-        offsets=torch.tensor([row.offset for row in rows]),
+        offsets=slice(first, last + 1) if contiguous else torch.tensor([r.offset for r in rows]),
         tables=[row.block_ids for row in rows],
         num_keys=num_keys,
         mask=torch.from_numpy(mask)[:, None, None, :],
@@ -139,7 +141,7 @@ class CPUStep:
         out = torch.empty_like(query)
         for number, group in enumerate(self._groups):
             index = self._block_index(number, group.tables, group.num_keys, cache)
-            out.index_copy_(0, group.offsets, self._decode(query, group, index, cache))
+            out[group.offsets] = self._decode(query, group, index, cache)
         for number, row in enumerate(self._chunks, len(self._groups)):
             index = self._block_index(number, [row.block_ids], padded_keys(row.end), cache)
             part = slice(row.offset, row.offset + row.length)
@@ -174,9 +176,12 @@ class CPUStep:
         stored = self._scratch.gather(cache, index).view(2, rows, -1, kv_heads, head_dim)
         keys, values = stored[:, :, : group.num_keys].transpose(2, 3)
         tile = query[group.offsets].view(rows, kv_heads, self._group, head_dim)
-        padding = -self._group % _ROW_STEP
-        if padding:
-            tile = functional.pad(tile, (0, 0, 0, padding))
+        if self._group % _ROW_STEP:
+            padded = tile.new_zeros(
+                rows, kv_heads, -(-self._group // _ROW_STEP) * _ROW_STEP, head_dim
+            )
+            padded[:, :, : self._group] = tile
+            tile = padded
         out = functional.scaled_dot_product_attention(tile, keys, values, attn_mask=group.mask)
         return out[:, :, : self._group].reshape(rows, heads, head_dim)
 

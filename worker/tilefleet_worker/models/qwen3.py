@@ -11,19 +11,17 @@ from torch.nn import functional
 from tilefleet_worker.attention.base import AttentionStep
 from tilefleet_worker.batch import Batch
 from tilefleet_worker.kv_cache import KVCache
-from tilefleet_worker.layers import Linear, Rotary, interleave_halves, rms_norm
+from tilefleet_worker.layers import Linear, RMSNorm, Rotary, folded, interleave_halves
 from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    input_norm: torch.Tensor  # [hidden]
-    qkv: Linear  # hidden → (heads + 2 kv_heads) · head_dim
+    qkv: Linear  # normed hidden → (heads + 2 kv_heads) · head_dim
     qk_norm: torch.Tensor  # [heads + kv_heads, head_dim]
     output: Linear  # heads · head_dim → hidden
-    mlp_norm: torch.Tensor  # [hidden]
-    gate_up: Linear  # hidden → 2 · intermediate
+    gate_up: Linear  # normed hidden → 2 · intermediate
     down: Linear  # intermediate → hidden
 
 
@@ -35,15 +33,14 @@ class Qwen3:
         config: ModelConfig,
         embedding: torch.Tensor,
         layers: tuple[_Layer, ...],
-        final_norm: torch.Tensor,
         head: Linear,
         rotary: Rotary,
     ) -> None:
         self._config = config
         self._embedding = embedding  # [vocabulary, hidden]
         self._layers = layers
-        self._final_norm = final_norm
-        self._head = head
+        self._norm = RMSNorm(config.rms_norm_eps)
+        self._head = head  # normed hidden → vocabulary
         self._rotary = rotary
 
     def forward(self, batch: Batch, attention: AttentionStep, cache: KVCache) -> torch.Tensor:
@@ -51,10 +48,9 @@ class Qwen3:
         x = functional.embedding(batch.token_ids, self._embedding)  # [tokens, hidden]
         rotations = self._rotary.at(batch.positions)
         for index, layer in enumerate(self._layers):
-            x = x + self._attend(layer, x, rotations, attention, cache.layer(index))
-            x = x + self._mlp(layer, x)
-        x = rms_norm(x[batch.last_tokens], self._final_norm, self._config.rms_norm_eps)
-        return self._head(x)
+            x += self._attend(layer, x, rotations, attention, cache.layer(index))
+            x += self._mlp(layer, x)
+        return self._head(self._norm(x[batch.last_tokens]))
 
     def _attend(
         self,
@@ -65,16 +61,15 @@ class Qwen3:
         cache: torch.Tensor,
     ) -> torch.Tensor:
         config = self._config
-        normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        qkv = layer.qkv(normed).view(len(x), -1, config.head_dim)
+        qkv = layer.qkv(self._norm(x)).view(len(x), -1, config.head_dim)
         value = qkv[:, -config.num_kv_heads :]
-        qk = rms_norm(qkv[:, : -config.num_kv_heads], None, config.rms_norm_eps) * layer.qk_norm
+        qk = self._norm(qkv[:, : -config.num_kv_heads]) * layer.qk_norm
         qk = Rotary.rotate(qk, rotations)
         query, key = qk[:, : config.num_heads], qk[:, config.num_heads :]
         return layer.output(attention.forward(query, key, value, cache).flatten(1))
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
-        gate, up = layer.gate_up(rms_norm(x, layer.mlp_norm, self._config.rms_norm_eps)).chunk(2, 1)
+        gate, up = layer.gate_up(self._norm(x)).chunk(2, 1)
         return layer.down(functional.silu(gate) * up)
 
 
@@ -89,7 +84,7 @@ def load(config: ModelConfig, weights: Weights, max_positions: int) -> Qwen3:
     else:
         head = weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
     rotary = Rotary(config.head_dim, config.rope_theta, max_positions)
-    return Qwen3(config, embedding, layers, final_norm, Linear(head), rotary)
+    return Qwen3(config, embedding, layers, Linear(folded(head, final_norm)), rotary)
 
 
 def _load_layer(config: ModelConfig, weights: Weights, index: int) -> _Layer:
@@ -99,20 +94,21 @@ def _load_layer(config: ModelConfig, weights: Weights, index: int) -> _Layer:
     up = weights.take(f"{prefix}.mlp.up_proj.weight", inner, hidden)
     q_norm = weights.take(f"{prefix}.self_attn.q_norm.weight", config.head_dim)
     k_norm = weights.take(f"{prefix}.self_attn.k_norm.weight", config.head_dim)
+    mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", hidden)
     norms = [q_norm.expand(config.num_heads, -1), k_norm.expand(config.num_kv_heads, -1)]
     return _Layer(
-        input_norm=weights.take(f"{prefix}.input_layernorm.weight", hidden),
-        qkv=_load_qkv(config, weights, f"{prefix}.self_attn"),
+        qkv=_load_qkv(config, weights, prefix),
         qk_norm=interleave_halves(torch.cat(norms)),
         output=_load_output(config, weights, f"{prefix}.self_attn.o_proj"),
-        mlp_norm=weights.take(f"{prefix}.post_attention_layernorm.weight", hidden),
-        gate_up=Linear(torch.cat((gate, up))),
+        gate_up=Linear(folded(torch.cat((gate, up)), mlp_norm)),
         down=Linear(weights.take(f"{prefix}.mlp.down_proj.weight", hidden, inner)),
     )
 
 
 def _load_qkv(config: ModelConfig, weights: Weights, prefix: str) -> Linear:
     """Join the three maps; queries and keys are interleaved for the rotary embedding."""
+    norm = weights.take(f"{prefix}.input_layernorm.weight", config.hidden_size)
+    prefix = f"{prefix}.self_attn"
     matrices, biases = [], []
     for name, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
         rows = heads * config.head_dim
@@ -125,7 +121,7 @@ def _load_qkv(config: ModelConfig, weights: Weights, prefix: str) -> Linear:
     matrices.append(weights.take(f"{prefix}.v_proj.weight", rows, config.hidden_size))
     if config.attention_bias:
         biases.append(weights.take(f"{prefix}.v_proj.bias", rows))
-    return Linear(torch.cat(matrices), torch.cat(biases) if biases else None)
+    return Linear(folded(torch.cat(matrices), norm), torch.cat(biases) if biases else None)
 
 
 def _interleave_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
