@@ -55,8 +55,8 @@ def test_spec_change_rolls_without_a_gap(testbed: Testbed, namespace: str) -> No
     revisions = {p["metadata"]["labels"]["tilefleet.io/revision"] for p in new}
     assert len(revisions) == 1
     after = testbed.wait_ready("roll", namespace)
-    assert after["status"]["currentRevision"] in revisions
-    assert before["status"]["currentRevision"] not in revisions
+    assert after["status"]["updateRevision"] in revisions
+    assert before["status"]["updateRevision"] not in revisions
     arguments = " ".join(new[0]["spec"]["containers"][0]["args"])
     assert "--max-batch-tokens" in arguments
     assert "1024" in arguments

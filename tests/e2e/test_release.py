@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 from fleets import cpu_fleet
-from testbed import NAMESPACE, OPERATOR, RELEASE, Json, Testbed
+from testbed import NAMESPACE, OPERATOR, RELEASE, Json, Testbed, is_leaving, until
 
 OPERATOR_ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{OPERATOR}"
 
@@ -17,8 +17,9 @@ def reinstalled(testbed: Testbed) -> Iterator[None]:
     testbed.install()
 
 
-def worker_uids(testbed: Testbed, namespace: str) -> dict[str, str]:
-    pods = testbed.find("pods", namespace)
+def uids(testbed: Testbed, namespace: str) -> dict[str, str]:
+    """Name -> UID of the pods that stay."""
+    pods = [p for p in testbed.find("pods", namespace) if not is_leaving(p)]
     return {p["metadata"]["name"]: p["metadata"]["uid"] for p in pods}
 
 
@@ -33,13 +34,13 @@ def test_upgrade_replaces_the_operator_and_no_worker(
 ) -> None:
     testbed.apply(cpu_fleet("kept", namespace))
     testbed.wait_ready("kept", namespace)
-    workers = worker_uids(testbed, namespace)
-    operators = worker_uids(testbed, NAMESPACE)
+    workers = uids(testbed, namespace)
+    operators = uids(testbed, NAMESPACE)
     testbed.install("--set", "podAnnotations.upgraded=yes")
     testbed.kubectl("-n", NAMESPACE, "rollout", "status", f"deployment/{OPERATOR}")
-    assert not set(worker_uids(testbed, NAMESPACE).values()) & set(operators.values())
+    assert not set(uids(testbed, NAMESPACE).values()) & set(operators.values())
     testbed.wait_ready("kept", namespace)
-    assert worker_uids(testbed, namespace) == workers
+    assert uids(testbed, namespace) == workers
 
 
 def test_wrong_value_is_refused_before_anything_changes(testbed: Testbed) -> None:
@@ -59,39 +60,51 @@ def test_uninstall_leaves_fleets_and_their_definition(
     """Nothing else of the release stays; the workers go on serving, a new install adopts them."""
     testbed.apply(cpu_fleet("orphan", namespace))
     testbed.wait_ready("orphan", namespace)
-    workers = worker_uids(testbed, namespace)
+    workers = uids(testbed, namespace)
     testbed.run("helm", "uninstall", RELEASE, "-n", NAMESPACE, "--wait", seconds=120)
     kinds = "deployments,pods,services,serviceaccounts,roles,rolebindings,configmaps,secrets"
     kinds += ",networkpolicies,poddisruptionbudgets,clusterroles,clusterrolebindings"
-    labelled = testbed.kubectl(
-        *("-n", NAMESPACE, "get", kinds, "-o", "name"),
-        *("-l", f"app.kubernetes.io/instance={RELEASE}"),
-    )
-    assert labelled.split() == []
+
+    def look() -> tuple[bool | None, str]:
+        left = testbed.kubectl(
+            *("-n", NAMESPACE, "get", kinds, "-o", "name"),
+            *("-l", f"app.kubernetes.io/instance={RELEASE}"),
+        )
+        return (None if left else True), left
+
+    until("nothing else of the release is left", look, 60)
     assert testbed.get("crd", "inferencedeployments.tilefleet.io") is not None
     assert testbed.get("infd", "orphan", namespace) is not None
-    assert worker_uids(testbed, namespace) == workers
+    assert uids(testbed, namespace) == workers
     testbed.install()
     testbed.wait_ready("orphan", namespace)
-    assert worker_uids(testbed, namespace) == workers
+    assert uids(testbed, namespace) == workers
 
 
 def test_rights_granted_are_the_rights_used(testbed: Testbed, namespace: str) -> None:
-    """The audit log of the whole session: no request was forbidden; no verb on a write is spare."""
+    """By the audit log: no request was forbidden, and over the session no write's verb is spare."""
+    position = testbed.audit_position()
     testbed.apply(cpu_fleet("rights", namespace))
     testbed.wait_ready("rights", namespace)
     testbed.kubectl("-n", namespace, "delete", "infd", "rights")
-    mine = [e for e in testbed.audit_events() if e["user"]["username"] == OPERATOR_ACCOUNT]
     forbidden = {
-        (e["verb"], e["requestURI"]) for e in mine if e["responseStatus"].get("code") == 403
+        (e["verb"], e["requestURI"])
+        for e in by_operator(testbed, position)
+        if e["responseStatus"].get("code") == 403
     }
     assert forbidden == set()
+    mine = by_operator(testbed, 0)
     used = {(e["verb"], resource(e)) for e in mine}
     # A server-side apply that creates is authorised as patch and as create.
     used |= {("create", resource(e)) for e in mine if e["responseStatus"].get("code") == 201}
     # Asked for by an admission plugin that not every cluster runs.
     used.add(("update", "inferencedeployments/finalizers"))
     assert granted_writes(testbed) - used == set()
+
+
+def by_operator(testbed: Testbed, position: int) -> list[Json]:
+    events = testbed.audit_events(position)
+    return [e for e in events if e["user"]["username"] == OPERATOR_ACCOUNT]
 
 
 def resource(event: Json) -> str:
