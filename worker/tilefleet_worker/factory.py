@@ -15,7 +15,7 @@ from tilefleet_worker import attention, models
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.engine_config import EngineConfig
-from tilefleet_worker.kv_cache import KVCache, num_blocks_for
+from tilefleet_worker.kv_cache import KVCache, block_bytes, num_blocks_for
 from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.runner import Runner
 from tilefleet_worker.scheduler import Scheduler
@@ -87,6 +87,7 @@ def build_engine(
             **asdict(config),
             "threads": torch.get_num_threads(),
             "batch_invariant": batch_invariant,
+            "kv_block_bytes": block_bytes(model_config, config.block_size),
         },
         startup=tuple(phases.done),
     )
