@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -66,7 +67,7 @@ def tool(folder: str, *arguments: str, check: bool = True) -> tuple[int, list[st
         try:
             for line in process.stdout or ():
                 lines.append(line.rstrip("\n"))
-                print(line, end="", flush=True)
+                print(line, end="", file=sys.stderr, flush=True)
             status = process.wait()
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
