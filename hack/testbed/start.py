@@ -37,7 +37,8 @@ def started(keep: bool = False, stage: Stage = quiet) -> Iterator[Testbed]:
     Raises TestbedError.
     """
     bed: Testbed | None = None
-    ran_before = tool("hack/cluster", "status", check=False)[0] == 0
+    command = ["python3", "hack/cluster", "status"]
+    ran_before = subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     try:
         with stage("cluster", "etcd, API server, kubelet, containerd, DNS, registry"):
             tool("hack/cluster", "up")
@@ -116,13 +117,16 @@ def with_images(bed: Testbed) -> Testbed:
         images = built(lines, registry).values()
         bed.run("kind", "load", "docker-image", "--name", RELEASE, *images, seconds=900)
     else:
-        registry = os.environ.get("IMAGE_REGISTRY", "")
-        if not registry:
+        named = os.environ.get("IMAGE_REGISTRY", "")
+        if not named:
             raise TestbedError(
-                "IMAGE_REGISTRY is not set: name the registry (host[:port]) that the nodes of "
-                "KUBECONFIG's cluster pull from and that this machine may push to"
+                "IMAGE_REGISTRY is not set: name the registry (host[:port], or http://host:port "
+                "without TLS) that the nodes of KUBECONFIG's cluster pull from and that this "
+                "machine may push to"
             )
-        _, lines = tool("hack/image", *build, "--push", registry, "--tls")
+        registry = named.removeprefix("http://")
+        tls = [] if named.startswith("http://") else ["--tls"]
+        _, lines = tool("hack/image", *build, "--push", registry, *tls)
     return Testbed(**{**vars(bed), "chart_values": chart_values(built(lines, registry))})
 
 

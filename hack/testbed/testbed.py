@@ -110,7 +110,8 @@ class Testbed:
             yield f"http://{service}.{namespace}.svc.cluster.local:8000"
             return
         command = ("kubectl", "-n", namespace, "port-forward", f"service/{service}", ":8000")
-        forward = self.start(*command, stdout=subprocess.PIPE)
+        # Its complaints about connections that clients closed would fill the terminal.
+        forward = self.start(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
             assert forward.stdout is not None
             line = forward.stdout.readline()  # Forwarding from 127.0.0.1:43210 -> 8000

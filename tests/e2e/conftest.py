@@ -64,3 +64,11 @@ def mi300x_nodes(testbed: Testbed) -> Iterator[list[str]]:
     names = testbed.add_fake_nodes(2)
     yield names
     testbed.remove_fake_nodes()
+
+
+@pytest.fixture
+def audit_log(testbed: Testbed) -> Path:
+    """The API server's audit log, which only the local cluster shows us."""
+    if testbed.audit_log is None:
+        pytest.skip("the audit log of a cluster of the user's is not ours to read")
+    return testbed.audit_log

@@ -1,6 +1,7 @@
 """The chart on a real API server: helm test, upgrade, rights used, uninstall."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -81,7 +82,9 @@ def test_uninstall_leaves_fleets_and_their_definition(
     assert uids(testbed, namespace) == workers
 
 
-def test_rights_granted_are_the_rights_used(testbed: Testbed, namespace: str) -> None:
+def test_rights_granted_are_the_rights_used(
+    testbed: Testbed, namespace: str, audit_log: Path
+) -> None:
     """By the audit log: no request was forbidden, and over the session no write's verb is spare."""
     position = testbed.audit_position()
     testbed.apply(cpu_fleet("rights", namespace))
