@@ -241,8 +241,13 @@ def test_an_interrupted_start_leaves_nothing(kit: Kit, moment: str) -> None:
     """moment: the file whose appearance the Ctrl-C follows: early, in the middle, near the end."""
     kit.run("down")
     before = outside()
+    # A job in the background of a shell inherits an ignored SIGINT; a terminal's does not.
     with subprocess.Popen(
-        kit.command("up"), env=kit.environment, stderr=subprocess.PIPE, text=True
+        kit.command("up"),
+        env=kit.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         wait_until((kit.cache / "run" / moment).exists, f"{moment} appears")
         process.send_signal(signal.SIGINT)
