@@ -52,6 +52,9 @@ class Engines:
         config = EngineConfig(threads=options.threads, prefix_caching=False)
         self.engine: Engine = build_engine(options.model, config)
         self.peer = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        self.peer.generation_config.eos_token_id = (
+            None  # as with ignore_eos: both generate to the end
+        )
         self.answer: int = options.answer
         self._tokens: dict[str, list[int]] = {}
         self._left = 0
@@ -79,7 +82,8 @@ class Engines:
             refusal = self.engine.submit(Request(name, prompt, params, time.monotonic()))
             if refusal is not None:
                 raise SystemExit(refusal.message)
-        self._done.wait()
+        if not self._done.wait(600):
+            raise SystemExit("the engine gave no answer in 600 s")
         return [self._tokens[name] for name in names]
 
     def run_peer(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -93,7 +97,6 @@ class Engines:
                 do_sample=False,
                 temperature=None,
                 top_p=None,
-                eos_token_id=-1,
                 pad_token_id=0,
             )
         return made[:, inputs.shape[1] :].tolist()

@@ -80,8 +80,6 @@ def write_model(folder: Path, **changes: object) -> Path:
 @pytest.fixture(scope="module", params=[*VARIANTS, "trained"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "trained":
-        if not (TRAINED / "model.safetensors").exists():
-            pytest.skip("the trained model is not there")
         return TRAINED
     return write_model(tmp_path_factory.mktemp("model"), **VARIANTS[request.param])
 
@@ -217,7 +215,7 @@ CASES = {
     [
         *(("tied", case) for case in CASES),
         ("untied-bias", "all together"),
-        ("trained", "small pool with cache"),
+        *(("trained", case) for case in CASES),
     ],
     indirect=["folder"],
 )
