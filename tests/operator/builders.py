@@ -23,6 +23,16 @@ UID = "cr-uid"
 DEFAULTS = Defaults(worker_image="rocm:1", worker_cpu_image="cpu:1")
 
 
+class Clock:
+    """Time that moves only when it is told to."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def document(name: str = "llm", **spec: Any) -> dict[str, Any]:
     """An InferenceDeployment object; spec is merged over the least valid one, vendor cpu."""
     base: dict[str, Any] = {

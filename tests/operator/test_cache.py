@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.operator.builders import Clock
 from tilefleet_operator.cache import EXPECTATION_SECONDS, ObjectCache
 
 KEY = ("ns", "fleet")
@@ -22,14 +23,6 @@ def pod(name: str, uid: str, version: int, owner: str = "fleet") -> dict[str, An
             "managedFields": [{"manager": "x"}],
         }
     }
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -5,24 +5,15 @@ import random
 
 import pytest
 
+from tests.operator.builders import Clock
 from tilefleet_operator.workqueue import QueueClosed, QueueLimits, WorkQueue
 
 A, B = ("ns", "a"), ("ns", "b")
 
 
-class Clock:
-    """Time that moves only when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(now=100.0)
 
 
 @pytest.fixture

@@ -52,7 +52,11 @@ class CPUAttention:
         return []
 
     def plan(self, batch: AttentionBatch) -> "CPUStep":
-        """Sort rows into decodes and chunks, and build block tables and masks once."""
+        """Sort rows into decodes and chunks, and build the masks of the decodes once.
+
+        Masks of chunks are built tile by tile in each layer: all of them kept would be as large as
+        the chunk times its context.
+        """
         decodes = [row for row in batch.rows if row.length == 1]
         chunks = [row for row in batch.rows if row.length > 1]
         return CPUStep(batch.slots, _decode_groups(decodes), chunks, self._group, self._scratch)

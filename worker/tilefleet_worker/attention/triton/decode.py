@@ -13,21 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tilefleet_worker.attention.triton.softmax import LOG2_E, scores, take_sink, take_tile
 from tilefleet_worker.attention.triton.tiles import DecodeTile, compute_type, launch_options
-
-LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _scores(q, k, scale_log2, softcap_log2, SOFTCAP: tl.constexpr, CT: tl.constexpr):
-    """Scores in units of log2(e), [rows, keys], fp32."""
-    s = tl.dot(q, tl.trans(k).to(CT)) * scale_log2
-    if SOFTCAP:
-        # cap·tanh(s/cap) through exp2: tanh(x) = 1 − 2/(exp(2x) + 1); s carries log2(e) already
-        s = softcap_log2 * (
-            1.0 - 2.0 / (tl.exp2(2.0 * 1.4426950408889634 * s / softcap_log2) + 1.0)
-        )
-    return s
 
 
 @triton.jit
@@ -80,14 +67,9 @@ def paged_decode_kernel(
         k = tl.load(k_ptr + k_row[:, None] + head * stride_kh + d[None, :], mask=load_ok, other=0.0)
         v = tl.load(v_ptr + v_row[:, None] + head * stride_vh + d[None, :], mask=load_ok, other=0.0)
         s = tl.where(
-            ok[None, :], _scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT), -float("inf")
+            ok[None, :], scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT), -float("inf")
         )
-        m_new = tl.maximum(m, tl.max(s, 1))
-        alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
-        total = total * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(CT), v.to(CT), acc * alpha[:, None])
-        m = m_new
+        m, total, acc = take_tile(m, total, acc, s, v, False, CT)
 
     out = out_ptr + seq.to(tl.int64) * stride_q + q_head[:, None] * DIM + d[None, :]
     out_ok = row_ok[:, None] & dim_ok[None, :]
@@ -118,12 +100,8 @@ def paged_decode_kernel(
             acc = acc * a[:, None] + acc_i * b[:, None]
             m = m_new
     if HAS_SINK:
-        # the sink is one more logit without a value: it only enlarges the denominator
-        sink = tl.load(sink_ptr + q_head, mask=row_ok, other=-float("inf")) * 1.4426950408889634
-        m_new = tl.maximum(m, sink)
-        a = tl.exp2(m - m_new)
-        total = total * a + tl.exp2(sink - m_new)
-        acc = acc * a[:, None]
+        sink = tl.load(sink_ptr + q_head, mask=row_ok, other=-float("inf"))
+        m, total, acc = take_sink(m, total, acc, sink)
     tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_ok)
 
 
@@ -166,7 +144,7 @@ def paged_decode(
     paged_decode_kernel[(kv_heads, splits, seqs)](
         q, k_cache, v_cache, block_table, context_lens, sinks if sinks is not None else q, out,
         workspace.partial, workspace.stats, workspace.counters,
-        scale * LOG2_E, softcap * LOG2_E, window,
+        scale * LOG2_E.value, softcap * LOG2_E.value, window,
         q.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0), workspace.splits,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim), BLOCK=block, TILE=tile.tile, SPLIT=tile.split,

@@ -7,13 +7,11 @@ the context. KV tiles start at position 0 and not at the chunk, so chunking chan
 Source: FlashAttention-2 (arXiv 2307.08691). Knows nothing of requests, schedulers or models.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from tilefleet_worker.attention.triton.decode import LOG2_E, _scores
+from tilefleet_worker.attention.triton.softmax import LOG2_E, scores, take_sink, take_tile
 from tilefleet_worker.attention.triton.tiles import PrefillTile, compute_type, launch_options
 
 
@@ -64,13 +62,8 @@ def paged_prefill_kernel(
             v_row = _rows(start, t, table, stride_vb, stride_vt, t >= 0, BLOCK, TILE)
             k = tl.load(k_base + k_row[:, None] + d[None, :], mask=dim_ok[None, :], other=0.0)
             v = tl.load(v_base + v_row[:, None] + d[None, :], mask=dim_ok[None, :], other=0.0)
-            s = _scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT)
-            m_new = tl.maximum(m, tl.max(s, 1))
-            alpha = tl.exp2(m - m_new)
-            p = tl.exp2(s - m_new[:, None])
-            total = total * alpha + tl.sum(p, 1)
-            acc = tl.dot(p.to(CT), v.to(CT), acc * alpha[:, None])
-            m = m_new
+            s = scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT)
+            m, total, acc = take_tile(m, total, acc, s, v, False, CT)
     for start in tl.range(first if WINDOW else full, end, TILE):
         key = start + t
         ok = key < end
@@ -82,36 +75,20 @@ def paged_prefill_kernel(
         seen = key[None, :] <= q_pos[:, None]
         if WINDOW:
             seen = seen & (key[None, :] > q_pos[:, None] - window)
-        s = tl.where(seen, _scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT), -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # a row may see no key of this tile while it has seen none before: keep exp2 away from inf − inf
-        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-        alpha = tl.exp2(m - m_safe)
-        p = tl.exp2(s - m_safe[:, None])
-        total = total * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(CT), v.to(CT), acc * alpha[:, None])
-        m = m_new
+        s = tl.where(seen, scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT), -float("inf"))
+        m, total, acc = take_tile(m, total, acc, s, v, True, CT)
     if HAS_SINK:
-        sink = tl.load(sink_ptr + head) * 1.4426950408889634
-        m_new = tl.maximum(m, sink)
-        a = tl.exp2(m - m_new)
-        total = total * a + tl.exp2(sink - m_new)
-        acc = acc * a[:, None]
+        m, total, acc = take_sink(m, total, acc, tl.load(sink_ptr + head))
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + q_off, out, mask=row_ok[:, None] & dim_ok[None, :])
 
 
-@dataclass(frozen=True)
-class PrefillTiles:
-    """The step's query tiles: int32 [tiles, 4] of (sequence, first query row, rows, first position)."""
-
-    table: torch.Tensor
-
-
 def prefill_tiles(
     query_lens: list[int], context_lens: list[int], rows: int, device: torch.device | str
-) -> PrefillTiles:
+) -> torch.Tensor:
     """Cut a step's queries into tiles, the tile with the longest context first.
+
+    Returns int32 [tiles, 4]: sequence, first query row, rows, position of the first row.
 
     query_lens: new tokens a sequence, may be 0. context_lens: tokens a sequence including the new ones.
     The longest first keeps the last wave short, as the work of a causal tile grows with its position.
@@ -125,12 +102,12 @@ def prefill_tiles(
         ]
         row0 += length
     tiles.sort(key=lambda tile: -tile[3])
-    return PrefillTiles(torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4).to(device))
+    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4).to(device)
 
 
 def paged_prefill(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    tiles: PrefillTiles, out: torch.Tensor, tile: PrefillTile, scale: float, window: int = 0,
+    tiles: torch.Tensor, out: torch.Tensor, tile: PrefillTile, scale: float, window: int = 0,
     softcap: float = 0.0, sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention of each sequence's new tokens over its paged context.
@@ -140,12 +117,12 @@ def paged_prefill(
     step with `tile.rows`. window, softcap, sinks: as in paged_decode. Writes and returns `out`.
     """
     _, heads, dim = q.shape
-    count = tiles.table.shape[0]
+    count = tiles.shape[0]
     if count == 0:
         return out
     paged_prefill_kernel[(heads, count)](
-        q, k_cache, v_cache, block_table, tiles.table, sinks if sinks is not None else q, out,
-        scale * LOG2_E, softcap * LOG2_E, window,
+        q, k_cache, v_cache, block_table, tiles, sinks if sinks is not None else q, out,
+        scale * LOG2_E.value, softcap * LOG2_E.value, window,
         q.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
         GROUP=heads // k_cache.shape[2], ROWS=tile.rows, DIM=dim, DIM_PAD=triton.next_power_of_2(dim),
         BLOCK=k_cache.shape[1], TILE=tile.tile, HAS_SINK=sinks is not None, SOFTCAP=softcap > 0,
