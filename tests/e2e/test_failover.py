@@ -1,6 +1,7 @@
 """kill -9 of the leading operator in the middle of a create: the other one takes over."""
 
 import collections
+import datetime
 import os
 import signal
 import time
@@ -49,7 +50,7 @@ def test_other_operator_takes_over_and_creates_no_pod_twice(
     testbed.apply(amd_fleet("takeover", namespace, replicas=REPLICAS, count=1))
     until("the first pod is created", lambda: first_create(testbed, position), 30, every=0.005)
     os.kill(process, signal.SIGKILL)
-    killed = time.monotonic()
+    killed, killed_at = time.monotonic(), time.time()
     created_before = len(creates(testbed, position))
 
     def taken() -> tuple[str | None, str]:
@@ -63,19 +64,38 @@ def test_other_operator_takes_over_and_creates_no_pod_twice(
     assert takeover_seconds < TAKEOVER_SECONDS
     made = collections.Counter(creates(testbed, position))
     assert set(made.values()) == {1}, made
-    assert len(made) == REPLICAS
-    assert len(testbed.pods("takeover", namespace)) == REPLICAS
+    pods = testbed.pods("takeover", namespace)
+    assert len(pods) == REPLICAS
+    # The API server finishes a create whose client died, and logs it with no 201.
+    interrupted = [p for p in pods if p["metadata"]["name"] not in made]
+    assert all(created_at(pod) <= killed_at + 1 for pod in interrupted), (interrupted, killed_at)
+    # A pod made twice would have been deleted in between.
+    assert not fleet_events(testbed, position, "delete")
+
+
+def created_at(pod: Json) -> float:
+    """Seconds since the epoch, cut to whole ones as the API server does."""
+    return datetime.datetime.fromisoformat(pod["metadata"]["creationTimestamp"]).timestamp()
+
+
+def fleet_events(testbed: Testbed, position: int, *verbs: str) -> list[Json]:
+    """What the audit log holds about the fleet's pods, for some verbs."""
+    return [
+        event
+        for event in testbed.audit_events(position)
+        if event["objectRef"].get("resource") == "pods"
+        and not event["objectRef"].get("subresource")
+        and event["verb"] in verbs
+        and event["objectRef"].get("name", "").startswith("takeover-")
+    ]
 
 
 def creates(testbed: Testbed, position: int) -> list[str]:
     """Names of the fleet's pods for which the API server answered 201, once for each answer."""
     return [
         event["objectRef"]["name"]
-        for event in testbed.audit_events(position)
-        if event["objectRef"].get("resource") == "pods"
-        and not event["objectRef"].get("subresource")
-        and event.get("responseStatus", {}).get("code") == 201
-        and event["objectRef"].get("name", "").startswith("takeover-")
+        for event in fleet_events(testbed, position, "create", "patch")
+        if event.get("responseStatus", {}).get("code") == 201
     ]
 
 
