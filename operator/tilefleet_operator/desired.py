@@ -193,6 +193,8 @@ def _container(deployment: InferenceDeployment, defaults: Defaults) -> dict[str,
         # The worker itself decides when it is stuck; the kubelet adds a generous minute.
         "livenessProbe": _probe("/livez", period=10, failures=6),
         "volumeMounts": _mounts(deployment),
+        # An abort of the GPU runtime writes no message; the log's end then says what happened.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
     }
     if defaults.image_pull_policy:
         container["imagePullPolicy"] = defaults.image_pull_policy

@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tilefleet_worker import termination
 from tilefleet_worker.engine_config import BACKENDS, DTYPES, EngineConfig
 from tilefleet_worker.errors import ConfigError
 
@@ -250,6 +251,7 @@ def _cgroup_limit(root: Path) -> float | None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with status 2, the message, and the command that explains the flags."""
+        termination.write(ConfigError(message))
         self.exit(2, f"{self.prog}: error: {message}\nSee `{self.prog} --help`.\n")
 
 

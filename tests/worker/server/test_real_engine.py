@@ -170,7 +170,7 @@ def test_truncated_weights_are_named(model, tmp_path):
         data = file.read_bytes()
         (broken / file.name).write_bytes(data[:-100] if file.suffix == ".safetensors" else data)
     status, log = run_to_end("--model", str(broken))
-    assert status == 1
+    assert status == 3
     assert "ModelError" in log
     assert "model.safetensors" in log
     assert "Traceback" not in log
@@ -184,7 +184,7 @@ def test_missing_file_is_named(model, tmp_path, name):
         if file.name != name:
             (partial / file.name).symlink_to(file)
     status, log = run_to_end("--model", str(partial))
-    assert status == 1
+    assert status == 3
     assert name in log
     assert "Traceback" not in log
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from tilefleet_worker import termination
 from tilefleet_worker.config import ServeConfig
-from tilefleet_worker.errors import ConfigError, EngineError, WorkerError
+from tilefleet_worker.errors import ConfigError, EngineError, ModelError, WorkerError
 from tilefleet_worker.server.admin import create_admin
 from tilefleet_worker.server.answers import AnswerDesk
 from tilefleet_worker.server.app import create_app
@@ -150,18 +151,19 @@ class Worker:
 
 
 def serve(config: ServeConfig, builder: Callable[[], BuildEngine] = import_builder) -> int:
-    """Run a worker to its end. Returns the exit status: 0 drained, 1 fault, 2 configuration."""
+    """Run a worker to its end. Returns the exit status.
+
+    0 drained, 1 fault, 2 configuration, 3 model. What is not 0 also leaves a termination message.
+    """
     try:
         asyncio.run(_run(config, builder))
-    except ConfigError as error:
-        LOGGER.error("configuration: %s", error)
-        return 2
-    except WorkerError as error:
+    except Exception as error:
+        termination.write(error)
+        if not isinstance(error, WorkerError):
+            LOGGER.exception("the worker failed")
+            return 1
         LOGGER.error("%s: %s", type(error).__name__, error)
-        return 1
-    except Exception:
-        LOGGER.exception("the worker failed")
-        return 1
+        return {ConfigError: 2, ModelError: 3}.get(type(error), 1)
     LOGGER.info("exit")
     return 0
 
