@@ -1,8 +1,8 @@
-"""``python -m tilefleet_operator``: see cli.py."""
+"""``python -m tilefleet_operator``: see cli/tilefleet.py."""
 
 import sys
 
-from tilefleet_operator.cli import main
+from tilefleet_operator.cli.tilefleet import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,82 +1,144 @@
-"""``tilefleet plan``: the operator's decisions about files, replayed without a cluster.
+"""What the operator would do with given objects, replayed without a cluster.
 
-Uses the very plan() of production through simulate(). It reads files and returns text.
+Uses the very plan() of production through simulation. Several fleets take devices in the order
+given. It reads no file and prints nothing.
 """
 
-import json
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from __future__ import annotations
 
-import yaml
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
+from tilefleet_operator import hardware
 from tilefleet_operator.api import KIND, InferenceDeployment, parse
 from tilefleet_operator.desired import Defaults
-from tilefleet_operator.errors import ConfigInvalid
-from tilefleet_operator.observed import NodeView, Snapshot, node_view
+from tilefleet_operator.errors import ObservationInvalid
+from tilefleet_operator.hardware import Fit
+from tilefleet_operator.observed import NodeView, PodView, Snapshot, device_use, node_view, pod_view
 from tilefleet_operator.plan import Action, Plan
 from tilefleet_operator.simulation import World, trace
 
 Json = dict[str, Any]
-_STEP_LIMIT = 120
+View = TypeVar("View")
+STEP_LIMIT = 120
 
 
-def preview(filenames: Sequence[str], defaults: Defaults, output: str) -> str:
-    """What happens with every InferenceDeployment in the files; ``output`` is table or json.
+@dataclass(frozen=True)
+class Scene:
+    """Objects by what they are to a plan. children: namespace → (kind, name) → object."""
 
-    Raises ConfigInvalid for a file that cannot be read, and SpecInvalid with all problems of an
-    object. Simulated seconds count a pod as ready 5 s after it was placed.
+    fleets: tuple[InferenceDeployment, ...]
+    nodes: tuple[NodeView, ...] = ()
+    pods: tuple[PodView, ...] = ()
+    children: Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One fleet's replay: (second, plan) of each plan that acts, the world at its end, the nodes.
+
+    placement: judgement of the AMD nodes before the first step; None on vendor cpu or without
+    nodes.
     """
-    documents = [document for name in filenames for document in _load(name)]
-    nodes = tuple(node_view(body) for body in documents if body.get("kind") == "Node")
-    fleets = [parse(body) for body in documents if body.get("kind") == KIND]
-    if not fleets:
-        raise ConfigInvalid(f"no {KIND} in {', '.join(filenames)}; nothing to plan")
-    shown = [_replay(fleet, nodes, defaults) for fleet in fleets]
-    if output == "json":
-        return json.dumps(shown, indent=2)
-    return "\n\n".join(_table(one) for one in shown)
+
+    fleet: InferenceDeployment
+    steps: tuple[tuple[float, Plan], ...]
+    end: World
+    placement: Fit | None = None
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        """The status at the end."""
+        return self.end.snapshot.deployment.status
+
+    def as_json(self) -> Json:
+        """Everything that is shown, with whole objects."""
+        replicas = ("desiredReplicas", "readyReplicas")
+        return {
+            "namespace": self.fleet.namespace,
+            "name": self.fleet.name,
+            "steps": [_step(second, step) for second, step in self.steps],
+            "conditions": list(self.status.get("conditions") or ()),
+            "replicas": {field: self.status.get(field) for field in replicas},
+            "placement": None if self.placement is None else _placement(self.placement),
+        }
 
 
-def _load(filename: str) -> list[Json]:
-    try:
-        if filename == "-":
-            text = sys.stdin.read()
-        else:
-            with open(filename, encoding="utf-8") as file:
-                text = file.read()
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigInvalid(f"{filename}: {error}") from error
-    for document in documents:
-        if not isinstance(document, dict):
-            kind = type(document).__name__
-            raise ConfigInvalid(f"{filename}: a document is a {kind}, not a Kubernetes object")
-    return [item for document in documents for item in _items(document)]
+def scene(objects: Sequence[Mapping[str, Any]]) -> Scene:
+    """Sort objects; each needs a mapping as its metadata.
+
+    Raises SpecInvalid or ObservationInvalid, naming the object, for one that cannot be read.
+    """
+    children: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
+    for body in objects:
+        kind, metadata = str(body.get("kind", "")), body["metadata"]
+        if kind not in (KIND, "Node", "Pod"):
+            space = children.setdefault(str(metadata.get("namespace") or "default"), {})
+            space[kind, str(metadata.get("name"))] = body
+    return Scene(
+        fleets=_views(objects, KIND, parse),
+        nodes=_views(objects, "Node", node_view),
+        pods=_views(objects, "Pod", pod_view),
+        children=children,
+    )
 
 
-def _items(document: Json) -> list[Json]:
-    """The objects of a List, or the object itself."""
-    return list(document["items"]) if document.get("kind") == "List" else [document]
+def _views(
+    objects: Sequence[Mapping[str, Any]], kind: str, view: Callable[[Mapping[str, Any]], View]
+) -> tuple[View, ...]:
+    views = []
+    for body in objects:
+        if body.get("kind") != kind:
+            continue
+        try:
+            views.append(view(body))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            name = body["metadata"].get("name")
+            text = f"{kind} {name!r}: {error}; it is not what the Kubernetes API would show"
+            raise ObservationInvalid(text) from error
+    return tuple(views)
 
 
-def _replay(fleet: InferenceDeployment, nodes: tuple[NodeView, ...], defaults: Defaults) -> Json:
-    world = World(Snapshot(deployment=fleet, nodes=nodes), 0.0)
-    steps = trace(world, defaults, limit=_STEP_LIMIT)
-    acting = [(moment.now, step) for moment, step in steps if step.actions]
-    status = next((step.status for _, step in reversed(steps) if step.status is not None), {})
-    return {
-        "namespace": fleet.namespace,
-        "name": fleet.name,
-        "steps": [_step(now, step) for now, step in acting],
-        "conditions": list(status.get("conditions") or ()),
-        "replicas": {field: status.get(field) for field in ("desiredReplicas", "readyReplicas")},
-    }
+def preview(found: Scene, defaults: Defaults) -> list[Preview]:
+    """Replay each fleet until nothing is left to do, as if each step took effect at once.
+
+    A simulated pod is ready 5 s after it was placed. Devices of pods in the scene are in use, and
+    what one fleet takes is no longer there for the next. Time begins with the newest pod.
+    """
+    use: Mapping[str, Mapping[str, float]] = device_use(found.pods)
+    now = max([pod.created for pod in found.pods], default=0.0)
+    shown = []
+    for fleet in found.fleets:
+        known = [pod for pod in found.pods if pod.namespace == fleet.namespace]
+        snapshot = Snapshot(
+            deployment=fleet,
+            pods=tuple(pod for pod in known if fleet.uid and pod.owner_uid == fleet.uid),
+            nodes=found.nodes,
+            device_use=use,
+            children=found.children.get(fleet.namespace, {}),
+        )
+        shown.append(_replay(snapshot, now, defaults))
+        use = shown[-1].end.snapshot.device_use
+    return shown
 
 
-def _step(now: float, step: Plan) -> Json:
-    return {"seconds": now, "actions": [_action(action) for action in step.actions]}
+def _replay(snapshot: Snapshot, now: float, defaults: Defaults) -> Preview:
+    steps = trace(World(snapshot, now), defaults, limit=STEP_LIMIT)
+    accelerator = snapshot.deployment.spec.accelerator
+    judged = accelerator.vendor == "amd" and snapshot.nodes
+    return Preview(
+        snapshot.deployment,
+        tuple((moment.now - now, step) for moment, step in steps if step.actions),
+        steps[-1][0],
+        hardware.fit(accelerator, snapshot.nodes, snapshot.device_use) if judged else None,
+    )
+
+
+def _step(second: float, step: Plan) -> Json:
+    return {"seconds": second, "actions": [_action(action) for action in step.actions]}
 
 
 def _action(action: Action) -> Json:
@@ -91,29 +153,9 @@ def _action(action: Action) -> Json:
     return shown if body is None else {**shown, "body": body}
 
 
-def _table(shown: Mapping[str, Any]) -> str:
-    rows = [("SECOND", "ACTION", "OBJECT", "WHY")]
-    rows += [
-        (f"{step['seconds']:g}", one["action"], f"{one['kind']}/{one['name']}", one["why"])
-        for step in shown["steps"]
-        for one in step["actions"]
-    ]
-    conditions = [("CONDITION", "STATUS", "REASON", "MESSAGE")]
-    conditions += [
-        (one["type"], one["status"], one["reason"], one.get("message", ""))
-        for one in shown["conditions"]
-    ]
-    replicas = shown["replicas"]
-    title = (
-        f"{shown['namespace']}/{shown['name']}: {replicas['desiredReplicas']} wanted,"
-        f" {replicas['readyReplicas']} ready at the end"
-    )
-    return "\n".join([title, *_columns(rows), "", *_columns(conditions)])
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
-    """Rows with every column but the last as wide as its widest cell."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        yield "  ".join([*cells, row[-1]]).rstrip()
+def _placement(fit: Fit) -> Json:
+    return {
+        "devicesPerReplica": fit.devices,
+        "matching": [{"node": n.name, "free": n.free, "total": n.total} for n in fit.matching],
+        "refused": [{"node": name, "why": why} for name, why in fit.refused],
+    }
