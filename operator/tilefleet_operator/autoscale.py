@@ -138,7 +138,7 @@ def decide(history: History, policy: Policy, now: float) -> Decision:
     measured = _described(load, held, policy)
     if load.demand is None or (not load.capacity and load.demand > 0):
         return replace(measured, reason="learning the capacity of a replica; holding")
-    needed = _needed(load.demand, load.queue if load.backlog else 0.0, load.capacity, policy)
+    needed = replicas_for(load.demand, load.queue if load.backlog else 0.0, load.capacity, policy)
     full = len(policy.ready) * (load.capacity or 0.0)
     measured = replace(
         measured, recommended=needed, utilization=load.demand / full if full else 0.0
@@ -231,7 +231,8 @@ def _answered(frame: Frame | None, policy: Policy, now: float) -> dict[str, Work
     return {uid: frame.samples[uid] for uid in policy.ready if uid in frame.samples}
 
 
-def _needed(demand: float, queue: float, per_replica: float | None, policy: Policy) -> int:
+def replicas_for(demand: float, queue: float, per_replica: float | None, policy: Policy) -> int:
+    """Replicas for a demand, tok/s, and a queue, tokens, before limits; the minimum without C."""
     if not per_replica:
         return policy.minimum
     forward = _ceil(demand / (policy.target * per_replica))

@@ -29,8 +29,15 @@ class Login:
     insecure: bool = False
 
 
-def login(kubeconfig: str | None, clock: Callable[[], float] = time.monotonic) -> Login:
+def login(
+    kubeconfig: str | None,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    context: str | None = None,
+) -> Login:
     """Credentials from a kubeconfig file, or from the pod's service account when it is None.
+
+    context: of the kubeconfig; None: its current one.
 
     Exec plugins and data fields of a kubeconfig work, because the ``kubernetes`` package reads it.
     Raises ConfigInvalid when there are no usable credentials.
@@ -42,7 +49,7 @@ def login(kubeconfig: str | None, clock: Callable[[], float] = time.monotonic) -
         if kubeconfig is None:
             config.load_incluster_config(client_configuration=configuration)
         else:
-            config.load_kube_config(kubeconfig, client_configuration=configuration)
+            config.load_kube_config(kubeconfig, context=context, client_configuration=configuration)
     except (config.ConfigException, OSError) as error:
         where = kubeconfig or "the pod's service account"
         raise ConfigInvalid(
@@ -57,6 +64,14 @@ def login(kubeconfig: str | None, clock: Callable[[], float] = time.monotonic) -
         private_key_path=configuration.key_file,
         insecure=not configuration.verify_ssl,
     )
+
+
+def context_namespace(kubeconfig: str, context: str | None = None) -> str:
+    """Namespace of a context, None for the current one; "default" where it names none."""
+    config: Any = importlib.import_module("kubernetes.config")
+    contexts, current = config.list_kube_config_contexts(kubeconfig)
+    found = next((one for one in contexts if one["name"] == context), current)
+    return str((found.get("context") or {}).get("namespace") or "default")
 
 
 def _ssl_context(configuration: Any) -> ssl.SSLContext | None:
