@@ -263,6 +263,11 @@ class Rollout(_Model):
         default=0, description="Replicas below the wanted number during a rollout."
     )
     drain: Drain = Field(default_factory=Drain, description="Finishing requests.")
+    progress_deadline: Duration = Field(
+        default="15m",
+        description="Longest time without another ready replica of the new revision; then the"
+        " rollout stops, and old replicas that serve stay.",
+    )
 
     @model_validator(mode="after")
     def _room(self) -> Rollout:

@@ -168,12 +168,13 @@ class Cluster:
         """Everything that is known of one fleet now. Reads the cache only."""
         # A Service of that name counts whoever owns it: the plan must see that the name is taken.
         service = self.cache.get(SERVICES.plural, deployment.namespace, deployment.name)
-        # Only placement on devices looks at nodes; the rest must stay cheap at 2 s a fleet.
+        # Only placement on devices looks at all nodes; the rest must stay cheap at 2 s a fleet.
         amd = deployment.spec.accelerator.vendor == "amd"
+        pods = self.pods(deployment)
         return Snapshot(
             deployment=deployment,
-            pods=self.pods(deployment),
-            nodes=self.nodes() if amd else (),
+            pods=pods,
+            nodes=self.nodes() if amd else self._nodes_of(pods),
             device_use=self.device_use() if amd else {},
             stats=stats,
             children={} if service is None else {("Service", deployment.name): service},
@@ -187,6 +188,12 @@ class Cluster:
             nodes = tuple(self._node(body) for body in self.cache.all(NODES.plural))
             held = self._views.all_nodes = (now, nodes)
         return held[1]
+
+    def _nodes_of(self, pods: Iterable[PodView]) -> tuple[NodeView, ...]:
+        """The nodes that carry some pods, by name."""
+        names = sorted({pod.node for pod in pods if pod.node is not None})
+        found = (self.cache.get(NODES.plural, "", name) for name in names)
+        return tuple(self._node(body) for body in found if body is not None)
 
     def device_use(self) -> Mapping[str, Mapping[str, float]]:
         """AMD devices asked for on each node, by our pods and by those of others."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tilefleet_operator.failures import Failure, failure
 from tilefleet_operator.fleet import Fleet
 from tilefleet_operator.hardware import Fit, is_sick
-from tilefleet_operator.observed import MissingStats, PodView, Snapshot
+from tilefleet_operator.observed import MissingStats, Snapshot
+from tilefleet_operator.rollout import Progress
 from tilefleet_operator.status import Condition
 
 TYPES = (
@@ -24,12 +26,8 @@ TYPES = (
     "Degraded",
     "SpecValid",
 )
-_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
-_CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 # A replica that has just become ready may not have been asked since.
 FIRST_ANSWER_SECONDS = 10.0
-# One restart may be a bad moment of the node; the third is a pattern.
-CRASH_RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,8 @@ class Facts:
     """What the conditions are about.
 
     now: seconds since the epoch. wanted: replicas that ought to exist. needed: replicas that load
-    asks for, before limits. fit: judgement of the AMD nodes, None on vendor cpu. conflict: why the
-    Service cannot be written.
+    asks for, before limits. fit: judgement of the AMD nodes, None on vendor cpu. progress: of the
+    rollout. conflict: why the Service cannot be written.
     """
 
     snapshot: Snapshot
@@ -47,6 +45,7 @@ class Facts:
     wanted: int
     needed: int
     fit: Fit | None
+    progress: Progress
     conflict: str = ""
 
 
@@ -87,19 +86,47 @@ def _ready(facts: Facts) -> Condition:
     floor = (spec.autoscaling.min_replicas if auto else wanted) - spec.rollout.max_unavailable
     if ready >= max(1, floor):
         return Condition("Ready", "True", "MinimumAvailable", message)
-    broken = [pod for pod in facts.fleet.active if _broken(pod)]
+    broken = _failures(facts.fleet)
     if broken:
-        return Condition("Ready", "False", "Failed", f"{message}; {_about(broken[0])}")
+        return Condition("Ready", "False", "Failed", f"{message}; {broken[0].message}")
     return Condition("Ready", "False", "Starting", message)
 
 
 def _progressing(facts: Facts) -> Condition:
-    new, wanted = facts.fleet.new, facts.wanted
-    if facts.fleet.old:
-        updated = sum(1 for pod in new if pod.ready)
-        message = f"{updated} of {wanted} replicas are ready with the new revision"
-        return Condition("Progressing", "True", "RolloutInProgress", message)
-    return Condition("Progressing", "False", "Complete", "all replicas have one revision")
+    kind, progress = "Progressing", facts.progress
+    if not progress.rolling:
+        return Condition(kind, "False", "Complete", "all replicas have one revision")
+    message = f"{progress.updated} of {facts.wanted} replicas are ready with the new revision"
+    spec = facts.snapshot.deployment.spec
+    if spec.paused:
+        message += "; spec.paused is true, the rollout goes on when it is false"
+        return Condition(kind, "Unknown", "Paused", message)
+    if progress.stopped:
+        deadline, name = spec.rollout.progress_deadline, facts.snapshot.deployment.name
+        message += f" and none became so within rollout.progressDeadline {deadline}"
+        message += f"; {_hindrance(facts) or 'its pods are slower than that'}"
+        message += "; ready replicas of other revisions stay; correct the spec, or undo the change:"
+        message += f" kubectl tilefleet rollout undo {name}"
+        return Condition(kind, "False", "ProgressDeadlineExceeded", message)
+    waits = _waits_for_room(facts)
+    return Condition(kind, "True", "RolloutInProgress", f"{message}; {waits}" if waits else message)
+
+
+def _hindrance(facts: Facts) -> str:
+    """What keeps the new revision's pods from being ready, as far as it is known."""
+    broken = [found for pod in facts.fleet.updated if (found := failure(pod))]
+    return broken[0].message if broken else _waits_for_room(facts)
+
+
+def _waits_for_room(facts: Facts) -> str:
+    """Why a rollout cannot surge, when old replicas must not leave first; else empty."""
+    stuck = [p for p in facts.fleet.updated if p.node is None and p.reason == "Unschedulable"]
+    if not stuck or not facts.fleet.old or facts.snapshot.deployment.spec.rollout.max_unavailable:
+        return ""
+    return (
+        f"pod {stuck[0].name} finds no place, and rollout.maxUnavailable 0 lets no old replica"
+        " leave for it: free or add devices, or set rollout.maxUnavailable to 1"
+    )
 
 
 def _accelerator_matched(facts: Facts) -> Condition:
@@ -173,26 +200,14 @@ def _degraded(facts: Facts) -> Condition:
         if node is not None and is_sick(node):
             message = f"pod {pod.name} runs on node {pod.node}, whose GPUs are unhealthy"
             return Condition(kind, "True", "UnhealthyGPU", message)
-    for pod in facts.fleet.active:
-        if _broken(pod):
-            reason = "ImagePull" if pod.reason in _IMAGE_REASONS else "CrashLoop"
-            if pod.reason in _CONFIG_REASONS:
-                reason = "ContainerConfig"
-            return Condition(kind, "True", reason, _about(pod))
+    for pod in facts.fleet.lost:
+        message = f"node {pod.node} of pod {pod.name} is gone or not Ready; a replica replaces it"
+        return Condition(kind, "True", "NodeLost", message)
+    for found in _failures(facts.fleet):
+        return Condition(kind, "True", found.reason, found.message)
     return Condition(kind, "False", "None", "nothing is wrong")
 
 
-def _broken(pod: PodView) -> bool:
-    if pod.ready:
-        return False
-    known = (*_IMAGE_REASONS, *_CONFIG_REASONS, "CrashLoopBackOff")
-    return pod.reason in known or pod.restarts >= CRASH_RESTARTS
-
-
-def _about(pod: PodView) -> str:
-    if pod.reason in _IMAGE_REASONS:
-        # The kubelet alternates between two reasons; one word keeps the status still.
-        return f"pod {pod.name} cannot pull its image"
-    if pod.reason in _CONFIG_REASONS:
-        return f"pod {pod.name}: {pod.reason}: {pod.message}"
-    return f"pod {pod.name} crashed; see kubectl logs {pod.name} --previous"
+def _failures(fleet: Fleet) -> list[Failure]:
+    """Failures of pods that serve or will, then of finished ones not replaced yet."""
+    return [found for pod in (*fleet.active, *fleet.failed) if (found := failure(pod))]

@@ -215,7 +215,14 @@ def _status_schema() -> dict[str, Any]:
         observedGeneration=_INTEGER,
         **counts,
         selector=_STRING,
+        currentRevision=_STRING,
         updateRevision=_STRING,
+        rollout=_object(
+            "The rollout under way: its revision, and when it last came forward.",
+            revision=_STRING,
+            readyReplicas=_INTEGER,
+            progressedAt=_TIME,
+        ),
         utilization=_STRING,
         accelerator=_object(
             "Devices that match.",

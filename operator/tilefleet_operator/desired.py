@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilefleet_operator.api import API_VERSION, KIND, InferenceDeployment
+from tilefleet_operator.failures import Successor
 from tilefleet_operator.hardware import GPU_RESOURCE, GPU_TAINT, node_selector_terms
 from tilefleet_operator.observed import (
     ACTIVE,
+    ANNOTATION_ATTEMPT,
+    ANNOTATION_AVOID,
     LABEL_DEPLOYMENT,
     LABEL_REVISION,
     LABEL_ROLE,
@@ -69,9 +72,16 @@ def pod_name(deployment: InferenceDeployment, slot: int, revision: str) -> str:
 
 
 def pod(
-    deployment: InferenceDeployment, slot: int, revision: str, defaults: Defaults
+    deployment: InferenceDeployment,
+    slot: int,
+    revision: str,
+    defaults: Defaults,
+    heir: Successor | None = None,
 ) -> dict[str, Any]:
-    """One replica. Restricted Pod Security on vendor cpu; on amd the exceptions ROCm needs."""
+    """One replica. Restricted Pod Security on vendor cpu; on amd the exceptions ROCm needs.
+
+    heir: what it takes over from failed predecessors; no part of the revision.
+    """
     spec = deployment.spec
     amd = spec.accelerator.vendor == "amd"
     seccomp = "Unconfined" if amd else "RuntimeDefault"
@@ -98,10 +108,11 @@ def pod(
     tolerations = _tolerations(deployment)
     if tolerations:
         body["tolerations"] = tolerations
+    heir = heir or Successor()
     terms = node_selector_terms(spec.accelerator) if amd else []
-    if terms:
-        required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
-        body["affinity"] = {"nodeAffinity": required}
+    affinity = _node_affinity(terms, heir.avoid)
+    if affinity:
+        body["affinity"] = {"nodeAffinity": affinity}
     labels = _serving(deployment) | {
         LABEL_REVISION: revision,
         "app.kubernetes.io/name": "tilefleet-worker",
@@ -113,8 +124,25 @@ def pod(
         "karpenter.sh/do-not-disrupt": "true",
         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
     }
+    if heir.attempt:
+        annotations[ANNOTATION_ATTEMPT] = str(heir.attempt)
+    if heir.avoid:
+        annotations[ANNOTATION_AVOID] = ",".join(heir.avoid)
     metadata = _metadata(deployment, pod_name(deployment, slot, revision), labels, annotations)
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": body}
+
+
+def _node_affinity(terms: list[dict[str, Any]], avoid: tuple[str, ...]) -> dict[str, Any]:
+    """Nodes that must match, and nodes that are only used when no other fits."""
+    affinity: dict[str, Any] = {}
+    if terms:
+        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": terms}
+    if avoid:
+        # The API server allows one value for each requirement on a field.
+        names = [{"key": "metadata.name", "operator": "NotIn", "values": [n]} for n in avoid]
+        preference = {"weight": 100, "preference": {"matchFields": names}}
+        affinity["preferredDuringSchedulingIgnoredDuringExecution"] = [preference]
+    return affinity
 
 
 def service(deployment: InferenceDeployment) -> dict[str, Any]:

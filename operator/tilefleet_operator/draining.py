@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from tilefleet_operator.actions import Action, Delete, Drain
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.desired import REMOVAL_DELAY_SECONDS
-from tilefleet_operator.fleet import Fleet, Removal
+from tilefleet_operator.fleet import Fleet
+from tilefleet_operator.moves import Removal
 from tilefleet_operator.observed import (
     ANNOTATION_DRAIN_STARTED,
     DRAINING,

@@ -1,18 +1,15 @@
-"""The pods of one InferenceDeployment: which to add, which to remove, in which order.
+"""The pods of one InferenceDeployment, sorted by what they are.
 
-    total      = active pods               <= wanted + maxSurge while an old revision is left
-    available  = ready active pods         never lowered by us below wanted - maxUnavailable
-
-Draining, terminating and finished pods count as neither. Every choice is made over sorted pods, so
-that the order of the input changes nothing. Does not know how a pod is rendered or drained.
+Knows no wish but the wanted revision: how many pods there ought to be is decided elsewhere, and
+what to do about it in moves.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tilefleet_operator.hardware import GPU_RESOURCE, NodeView, is_sick
+from tilefleet_operator.hardware import NodeView
 from tilefleet_operator.observed import (
     ACTIVE,
     LABEL_DEPLOYMENT,
@@ -20,18 +17,21 @@ from tilefleet_operator.observed import (
     ROLE_WORKER,
     PodView,
     Snapshot,
-    WorkerStats,
 )
+from tilefleet_operator.victims import on_sick_node
 
-# A pod that the kubelet refuses fails at once; replacing it faster would only fill the API server.
-FAILED_BACKOFF_SECONDS = 10.0
+# A node may miss its heartbeats for a moment; Kubernetes itself waits for minutes.
+LOST_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Fleet:
     """Own pods by what they are, each tuple sorted by age, then name.
 
-    names: names that are taken, by whatever pod. failed: finished pods that are still there.
+    new: of the wanted revision. old: to be replaced, for their revision or their unhealthy GPU.
+    failed: finished pods that are still there. lost: not ready, on a node that is gone or not
+    Ready. names: names that are taken, by whatever pod. wait_seconds: until a pod may count as
+    lost, None without.
     """
 
     new: tuple[PodView, ...]
@@ -39,6 +39,9 @@ class Fleet:
     draining: tuple[PodView, ...]
     failed: tuple[PodView, ...]
     names: frozenset[str]
+    lost: tuple[PodView, ...] = ()
+    revision: str = ""
+    wait_seconds: float | None = None
 
     @property
     def active(self) -> tuple[PodView, ...]:
@@ -50,29 +53,16 @@ class Fleet:
         """Pods that serve."""
         return tuple(pod for pod in self.active if pod.ready)
 
-
-@dataclass(frozen=True)
-class Removal:
-    """A pod that leaves. drain: it serves and must finish its requests first."""
-
-    pod: PodView
-    drain: bool
-    why: str
+    @property
+    def updated(self) -> tuple[PodView, ...]:
+        """Active pods of the wanted revision, whatever their node."""
+        return tuple(pod for pod in self.active if pod.revision == self.revision)
 
 
-@dataclass(frozen=True)
-class Moves:
-    """What to do to the pods. wait_seconds: until a failed pod may be replaced, None without."""
-
-    removals: tuple[Removal, ...] = ()
-    additions: int = 0
-    why_add: str = ""
-    wait_seconds: float | None = None
-
-
-def fleet(snapshot: Snapshot, revision: str) -> Fleet:
+def fleet(snapshot: Snapshot, revision: str, now: float) -> Fleet:
     """Sort the snapshot's pods. Pods without our owner reference are left alone, names apart."""
     deployment = snapshot.deployment
+    nodes = {node.name: node for node in snapshot.nodes}
     pods = sorted(snapshot.pods, key=lambda p: (p.created, p.name, p.uid))
     own = [
         pod
@@ -84,103 +74,32 @@ def fleet(snapshot: Snapshot, revision: str) -> Fleet:
         and not pod.terminating
     ]
     live = [pod for pod in own if not pod.finished]
-    active = [pod for pod in live if pod.state == ACTIVE]
+    waits = {pod.uid: _lost_in(pod, nodes, now) for pod in live if pod.state == ACTIVE}
+    lost = {uid for uid, wait in waits.items() if wait is not None and wait <= 0}
+    active = [pod for pod in live if pod.state == ACTIVE and pod.uid not in lost]
+    old = [
+        pod
+        for pod in active
+        if pod.revision != revision or (pod.ready and on_sick_node(pod, nodes))
+    ]
     return Fleet(
-        new=tuple(pod for pod in active if pod.revision == revision),
-        old=tuple(pod for pod in active if pod.revision != revision),
+        new=tuple(pod for pod in active if pod not in old),
+        old=tuple(old),
         draining=tuple(pod for pod in live if pod.state != ACTIVE),
         failed=tuple(pod for pod in own if pod.finished),
         names=frozenset(pod.name for pod in pods),
+        lost=tuple(pod for pod in live if pod.uid in lost),
+        revision=revision,
+        wait_seconds=min((w for w in waits.values() if w is not None and w > 0), default=None),
     )
 
 
-def moves(fleet: Fleet, wanted: int, snapshot: Snapshot, now: float) -> Moves:
-    """One step towards `wanted` pods of the new revision, inside the rollout's bounds."""
-    rollout = snapshot.deployment.spec.rollout
-    failed, held, wait = _failed(fleet.failed, now)
-    surplus = _surplus(fleet, wanted, snapshot)
-    # Ready surplus may be counted: it leaves only where `wanted` ready pods of its revision stay.
-    spare = len(fleet.ready) - max(0, wanted - rollout.max_unavailable)
-    outdated = _outdated(fleet, spare, snapshot)
-    new = len(fleet.new) - len(surplus)
-    old = len(fleet.old) - len(outdated)
-    surge = rollout.max_surge if fleet.old else 0
-    room = wanted + surge - new - old - held
-    additions = max(0, min(wanted - new - held, room))
-    why = f"{new + held} of {wanted} replicas exist"
-    if fleet.old:
-        why = f"rollout: {new + held} of {wanted} replicas have the new revision"
-    return Moves((*surplus, *outdated, *failed), additions, why, wait)
-
-
-def _failed(failed: tuple[PodView, ...], now: float) -> tuple[list[Removal], int, float | None]:
-    """Finished pods to delete, the number that still block their place, and for how long."""
-    removals = []
-    waits = []
-    for pod in failed:
-        wait = pod.created + FAILED_BACKOFF_SECONDS - now
-        if wait > 0:
-            waits.append(wait)
-        else:
-            what = " ".join(part for part in (pod.reason, pod.message) if part)
-            why = f"{pod.phase.lower()}{': ' + what if what else ''}; it will not run again"
-            removals.append(Removal(pod, drain=False, why=why))
-    return removals, len(waits), min(waits, default=None)
-
-
-def _surplus(fleet: Fleet, wanted: int, snapshot: Snapshot) -> list[Removal]:
-    count = len(fleet.new) - wanted
-    why = f"{len(fleet.new)} replicas, {wanted} wanted"
-    victims = order_victims(fleet.new, snapshot)[: max(0, count)]
-    return [Removal(pod, pod.ready, f"{why}; {reason}") for pod, reason in victims]
-
-
-def _outdated(fleet: Fleet, spare: int, snapshot: Snapshot) -> list[Removal]:
-    """Pods of old revisions that may leave: all that are not ready, and `spare` that are."""
-    removals = []
-    for pod, reason in order_victims(fleet.old, snapshot):
-        why = f"revision {pod.revision} is outdated; {reason}"
-        if not pod.ready:
-            removals.append(Removal(pod, drain=False, why=why))
-        elif spare > 0:
-            spare -= 1
-            removals.append(Removal(pod, drain=True, why=why))
-    return removals
-
-
-def order_victims(pods: Iterable[PodView], snapshot: Snapshot) -> list[tuple[PodView, str]]:
-    """Pods in the order in which they should leave, each with the reason of its place.
-
-    On an unhealthy GPU; not ready; empties its node; fewest requests; fewest cached blocks;
-    youngest.
-    """
-    nodes = {node.name: node for node in snapshot.nodes}
-    ranked = []
-    for pod in pods:
-        stats = snapshot.stats.get(pod.uid)
-        sick, empties = _sick(pod, nodes), _empties(pod, snapshot.device_use)
-        load = stats.inflight if isinstance(stats, WorkerStats) else 0
-        cached = stats.gauges.kv_blocks_cached if isinstance(stats, WorkerStats) else 0
-        rank = (not sick, pod.ready, not empties, load, cached, -pod.created, pod.name)
-        ranked.append((rank, pod, _place(pod, sick, empties, load)))
-    return [(pod, reason) for _, pod, reason in sorted(ranked, key=lambda item: item[0])]
-
-
-def _place(pod: PodView, sick: bool, empties: bool, load: int) -> str:
-    if sick:
-        return f"its node {pod.node} is unhealthy"
-    if not pod.ready:
-        return "it is not ready"
-    if empties:
-        return f"it leaves node {pod.node} empty"
-    return f"it has {load} requests, no other has fewer"
-
-
-def _sick(pod: PodView, nodes: Mapping[str, NodeView]) -> bool:
-    node = nodes.get(pod.node or "")
-    return node is not None and is_sick(node)
-
-
-def _empties(pod: PodView, used: Mapping[str, Mapping[str, float]]) -> bool:
-    own = pod.requests.get(GPU_RESOURCE, 0.0)
-    return bool(own) and pod.node is not None and own >= used.get(pod.node, {}).get(GPU_RESOURCE, 0)
+def _lost_in(pod: PodView, nodes: Mapping[str, NodeView], now: float) -> float | None:
+    """Seconds until a pod counts as lost, None while its node is well or unknown."""
+    if pod.ready or pod.node is None or not nodes:
+        return None
+    node = nodes.get(pod.node)
+    if node is not None and node.ready:
+        return None
+    since = pod.unready_since if pod.unready_since is not None else pod.created
+    return max(since, node.ready_changed if node is not None else 0.0) + LOST_SECONDS - now

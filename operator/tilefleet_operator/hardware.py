@@ -54,7 +54,8 @@ class NodeView:
     """What a decision needs to know of one Node.
 
     allocatable, capacity: resource name → quantity in base units (cores, bytes, devices).
-    conditions: condition type → status ("True", "False", "Unknown").
+    conditions: condition type → status ("True", "False", "Unknown"). ready_changed: when `ready`
+    last changed. Times are seconds since the epoch.
     """
 
     name: str
@@ -66,6 +67,7 @@ class NodeView:
     capacity: Mapping[str, float] = field(default_factory=dict)
     conditions: Mapping[str, str] = field(default_factory=dict)
     created: float = 0.0
+    ready_changed: float = 0.0
 
 
 @dataclass(frozen=True)

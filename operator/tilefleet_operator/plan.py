@@ -8,6 +8,7 @@ rendered (desired.py), chosen (fleet.py), drained (draining.py), counted (autosc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,12 @@ from tilefleet_operator.autoscale import Decision, Policy, decide
 from tilefleet_operator.conditions import Facts, conditions, unknown
 from tilefleet_operator.desired import Defaults
 from tilefleet_operator.draining import finish, leave
-from tilefleet_operator.fleet import Fleet, fleet, moves
+from tilefleet_operator.fleet import Fleet, fleet
 from tilefleet_operator.hardware import GPU_RESOURCE, Fit
+from tilefleet_operator.moves import Moves, Room, moves
 from tilefleet_operator.observed import Snapshot, owner_uid
+from tilefleet_operator.rollout import progress
+from tilefleet_operator.transitions import transitions
 from tilefleet_operator.units import seconds
 
 __all__ = ["Action", "Apply", "Delete", "Drain", "Plan", "covers", "invalid", "plan"]
@@ -41,31 +45,32 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     if deployment.deleting:
         return Plan()
     revision = desired.revision(deployment, defaults)
-    pods = fleet(snapshot, revision)
+    pods = fleet(snapshot, revision, now)
     decision = _decide(snapshot, pods, now)
     fit = _fit(snapshot, pods)
     conflict = _conflict(snapshot)
     actions: list[Action] = []
     measured = deployment.spec.autoscaling.mode == "Auto" and bool(pods.ready)
-    waits = [decision.wait_seconds, MEASURE_SECONDS if measured else None]
+    rolled = progress(deployment, pods, decision.desired, now)
+    waits = [decision.wait_seconds, MEASURE_SECONDS if measured else None, rolled.wait_seconds]
     if not deployment.spec.paused:
-        step = moves(pods, decision.desired, snapshot, now)
+        room = Room(rolled.stopped, rolled.since, _places(snapshot, pods))
+        step = moves(pods, decision.desired, snapshot, now, room)
         drained = list(finish(snapshot, pods, now))
         removals = list(leave(deployment, step.removals, now))
-        adding = [
-            Apply(desired.pod(deployment, slot, revision, defaults), step.why_add)
-            for slot in _slots(deployment, pods, revision, step.additions)
-        ]
+        adding = list(_adding(deployment, pods, step, defaults))
         actions = _ordered([*drained, *removals, *adding, *_service(snapshot, conflict)])
         draining = bool(pods.draining) or any(isinstance(a, Drain) for a in actions)
         waits += [step.wait_seconds, DRAIN_POLL_SECONDS if draining else None]
     waits.append(CONFLICT_RETRY_SECONDS if conflict else None)
-    facts = Facts(snapshot, now, pods, decision.desired, decision.recommended, fit, conflict)
-    report = _report(facts, decision, revision)
+    facts = Facts(
+        snapshot, now, pods, decision.desired, decision.recommended, fit, rolled, conflict
+    )
+    report = _report(facts, decision)
     new = status.build(report, deployment.status, now)
     waits.append(status.telemetry_wait(report, deployment.status, now))
     changed = new if new != deployment.status else None
-    events = tuple(_events(deployment.status, new)) if changed is not None else ()
+    events = tuple(transitions(deployment.status, new)) if changed is not None else ()
     known = [wait for wait in waits if wait is not None]
     return Plan(tuple(actions), changed, min(known, default=None), events)
 
@@ -123,16 +128,26 @@ def _fit(snapshot: Snapshot, pods: Fleet) -> Fit | None:
     return hardware.fit(accelerator, snapshot.nodes, others)
 
 
-def _slots(
-    deployment: InferenceDeployment, pods: Fleet, revision: str, count: int
-) -> Iterator[int]:
-    """The lowest free slots. A name in use, even by a dying pod, is never reused."""
-    slot = 0
-    while count > 0:
-        if desired.pod_name(deployment, slot, revision) not in pods.names:
-            yield slot
-            count -= 1
-        slot += 1
+def _places(snapshot: Snapshot, pods: Fleet) -> int:
+    """Replicas that find devices beside all that exist; looked at for unhealthy GPUs only."""
+    accelerator = snapshot.deployment.spec.accelerator
+    if accelerator.vendor != "amd" or all(pod.revision != pods.revision for pod in pods.old):
+        return 0
+    free = hardware.fit(accelerator, snapshot.nodes, snapshot.device_use).replicas
+    return max(0, free - sum(pod.node is None for pod in pods.active))
+
+
+def _adding(
+    deployment: InferenceDeployment, pods: Fleet, step: Moves, defaults: Defaults
+) -> Iterator[Apply]:
+    """New pods in the lowest free slots. A name in use, even by a dying pod, is never reused."""
+    slots = (
+        slot
+        for slot in itertools.count()
+        if desired.pod_name(deployment, slot, pods.revision) not in pods.names
+    )
+    for heir, slot in zip(step.additions, slots, strict=False):
+        yield Apply(desired.pod(deployment, slot, pods.revision, defaults, heir), step.why_add)
 
 
 def _service(snapshot: Snapshot, conflict: str) -> Iterator[Apply]:
@@ -175,13 +190,13 @@ def _ordered(actions: Sequence[Action]) -> list[Action]:
     return sorted(actions, key=lambda action: order[type(action)])
 
 
-def _report(facts: Facts, decision: Decision, revision: str) -> status.Report:
+def _report(facts: Facts, decision: Decision) -> status.Report:
     deployment, pods = facts.snapshot.deployment, facts.fleet
     ready = len(pods.ready)
     counts = {
         "replicas": len(pods.active),
         "readyReplicas": ready,
-        "updatedReplicas": len(pods.new),
+        "updatedReplicas": len(pods.updated),
         "pendingReplicas": len(pods.active) - ready,
         "drainingReplicas": len(pods.draining),
         "desiredReplicas": decision.desired,
@@ -197,7 +212,9 @@ def _report(facts: Facts, decision: Decision, revision: str) -> status.Report:
         generation=deployment.generation,
         counts=counts,
         selector=desired.selector(deployment),
-        revision=revision,
+        revision=pods.revision,
+        current_revision=facts.progress.current,
+        rollout=facts.progress.mark,
         conditions=conditions(facts),
         telemetry=telemetry,
         accelerator=_accelerator(facts.fit),
@@ -214,25 +231,3 @@ def _accelerator(fit: Fit | None) -> dict[str, Any]:
         "devicesPerReplica": fit.devices,
         "matchingNodes": len(fit.matching),
     }
-
-
-def _events(previous: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Events of the transitions between two statuses."""
-    before, after = previous.get("desiredReplicas"), new["desiredReplicas"]
-    if before is not None and before != after:
-        why = new["decisions"][-1]["reason"]
-        reason = "ScaledUp" if after > before else "ScaledDown"
-        yield "Normal", reason, f"from {before} to {after} replicas: {why}"
-    known = {c["type"]: c["status"] for c in previous.get("conditions") or []}
-    for condition in new["conditions"]:
-        kind, value = condition["type"], condition["status"]
-        if known.get(kind) == value:
-            continue
-        if kind == "Progressing" and (value == "True" or kind in known):
-            reason = "RolloutStarted" if value == "True" else "RolloutComplete"
-            yield "Normal", reason, condition["message"]
-        if kind in ("CapacityLimited", "Degraded") and value == "True":
-            reason = kind if kind == "CapacityLimited" else condition["reason"]
-            yield "Warning", reason, condition["message"]
-        if kind == "AcceleratorMatched" and value == "False":
-            yield "Warning", condition["reason"], condition["message"]

@@ -29,6 +29,8 @@ from tilefleet_operator.plan import Apply, Delete, Drain, Plan, plan
 from tilefleet_operator.units import rfc3339
 
 TICK_SECONDS = 1.0
+# Enough for every wait that ends in an action, at the pace of an Auto fleet's measuring.
+LOOKS_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,25 @@ def trace(
         pods = world.snapshot.pods
         still = step.actions == () and step.status is None and after.snapshot.pods == pods
         if still and not _moving(pods):
-            break
+            later = _when_it_acts(world, step, defaults)
+            if later is None:
+                break
+            after = World(world.snapshot, later)
         world = after
     return steps
+
+
+def _when_it_acts(world: World, step: Plan, defaults: Defaults) -> float | None:
+    """The time at which a resting world's plan acts after all; None when it merely looks again."""
+    now = world.now
+    for _ in range(LOOKS_AHEAD):
+        if step.requeue_after is None:
+            return None
+        now += step.requeue_after
+        step = plan(world.snapshot, defaults, now)
+        if step.actions:
+            return now
+    return None
 
 
 def _moving(pods: tuple[PodView, ...]) -> bool:
@@ -152,7 +170,11 @@ def _schedule(snapshot: Snapshot, pods: tuple[PodView, ...]) -> tuple[PodView, .
         if pod.node is None and not pod.finished:
             use = _use(snapshot, (*placed, *waiting))
             pod = replace(pod, node=_node(snapshot, use, accelerator.vendor == "amd"))
-            pod = replace(pod, ip="192.0.2.1" if pod.node else None)
+            pod = replace(
+                pod,
+                ip="192.0.2.1" if pod.node else None,
+                reason="" if pod.node else "Unschedulable",
+            )
         placed.append(pod)
     return tuple(placed)
 

@@ -51,6 +51,8 @@ class Report:
     conditions: Sequence[Condition]
     telemetry: Telemetry = field(default_factory=Telemetry)
     accelerator: Mapping[str, Any] = field(default_factory=dict)
+    current_revision: str = ""
+    rollout: Mapping[str, Any] = field(default_factory=dict)
     decision_reason: str = ""
     decision_inputs: Mapping[str, str] = field(default_factory=dict)
 
@@ -61,10 +63,13 @@ def build(report: Report, previous: Mapping[str, Any], now: float) -> dict[str, 
         "observedGeneration": report.generation,
         **report.counts,
         "selector": report.selector,
+        "currentRevision": report.current_revision,
         "updateRevision": report.revision,
         "decisions": _decisions(report, previous, now),
         "conditions": _conditions(report, previous, now),
     }
+    if report.rollout:
+        status["rollout"] = dict(report.rollout)
     if report.accelerator:
         status["accelerator"] = dict(report.accelerator)
     fresh = _telemetry(report.telemetry, now)

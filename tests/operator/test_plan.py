@@ -10,7 +10,7 @@ from tests.operator import builders
 from tests.operator.builders import DEFAULTS, NOW, deployment, manual, pod, snapshot, stats
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.desired import revision, service
-from tilefleet_operator.fleet import FAILED_BACKOFF_SECONDS
+from tilefleet_operator.failures import FAILED_BACKOFF_SECONDS
 from tilefleet_operator.observed import MissingStats, PodView, Snapshot
 from tilefleet_operator.plan import Apply, Delete, Drain, invalid, plan
 from tilefleet_operator.simulation import World, simulate, trace

@@ -251,7 +251,7 @@ def test_silent_replica_is_reported_once_it_had_time_to_answer() -> None:
 
 
 def test_rollout_is_progress_until_the_last_old_pod_leaves() -> None:
-    of = manual(1)
+    of = replace(manual(1), status={"currentRevision": "old"})
     new = revision(of, DEFAULTS)
     both = (pod("llm-old-0", "old"), pod(f"llm-{new}-0", new))
     rolling = plan(snapshot(of, both), DEFAULTS, NOW)
