@@ -36,7 +36,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert not set(new) & {block for table in self.tables for block in table}
         table = [*hits, *new]
         for block, value in zip(table, hashes, strict=True):
-            self.pool.publish(block, value)
+            self.pool.publish([block], [value])
         self.tables.append(table)
         assert self.pool.match(hashes)[: len(hits)] == hits
         assert len(self.pool.match(hashes)) == len(hashes)
@@ -75,7 +75,7 @@ def publish_chain(pool: BlockPool, blocks: tuple[int, ...], salt: str = "") -> l
     parent, hashes = pool.root(salt), []
     for index, block in enumerate(blocks):
         parent = chain_hash(parent, [index] * pool.block_size)
-        pool.publish(block, parent)
+        pool.publish([block], [parent])
         hashes.append(parent)
     return hashes
 
@@ -156,11 +156,11 @@ def test_a_second_release_is_an_error_and_changes_nothing() -> None:
 def test_publishing_needs_an_owner_and_never_changes_a_hash() -> None:
     pool = BlockPool(2, 2)
     with pytest.raises(EngineError, match="without an owner"):
-        pool.publish(0, b"x")
+        pool.publish([0], [b"x"])
     (block,) = pool.allocate(1)
-    pool.publish(block, b"x")
+    pool.publish([block], [b"x"])
     with pytest.raises(EngineError, match="published twice"):
-        pool.publish(block, b"y")
+        pool.publish([block], [b"y"])
 
 
 @pytest.mark.parametrize("fault", ["count", "index", "lost"])

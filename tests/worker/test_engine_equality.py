@@ -254,8 +254,8 @@ def test_a_row_run_again_changes_nothing(folder: Path) -> None:
     runner = Runner(model, KVCache(config, 8, BLOCK), attention.create("cpu", config))
     params = SamplingParams(max_tokens=1, temperature=0.0)
     row = StepRow("a", 0, (5, 6, 7), (0,), True, params, 0)
-    first = runner.logits(StepPlan((row,)))
-    assert runner.logits(StepPlan((row,))).equal(first)
+    first = runner.logits(StepPlan.of([row]))
+    assert runner.logits(StepPlan.of([row])).equal(first)
 
 
 def test_what_a_faulty_request_left_in_a_block_reaches_nobody(folder: Path) -> None:
@@ -264,10 +264,10 @@ def test_what_a_faulty_request_left_in_a_block_reaches_nobody(folder: Path) -> N
     runner = Runner(model, cache, attention.create("cpu", config))
     params = SamplingParams(max_tokens=1, temperature=0.0)
     row = StepRow("a", 0, (5, 6, 7), (2,), True, params, 0)
-    clean = runner.logits(StepPlan((row,)))
+    clean = runner.logits(StepPlan.of([row]))
     cache.layer(1)[:, 2] = torch.nan
     poisoned = StepRow("bad", 3, (5,), (2,), True, params, 0)
-    result = runner.run(StepPlan((poisoned, StepRow("good", 0, (5, 6), (3,), True, params, 0))))
+    result = runner.run(StepPlan.of([poisoned, StepRow("good", 0, (5, 6), (3,), True, params, 0)]))
     assert "not finite" in result.faults["bad"]
     assert set(result.tokens) == {"good"}
-    assert runner.logits(StepPlan((row,))).equal(clean)
+    assert runner.logits(StepPlan.of([row])).equal(clean)

@@ -2,9 +2,10 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -13,7 +14,7 @@ from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.fake_runner import FakeRunner
 from tilefleet_worker.request import Delta, Request, SamplingParams
 from tilefleet_worker.scheduler import MAX_OVERTAKEN, Scheduler
-from tilefleet_worker.step import StepPlan, StepResult
+from tilefleet_worker.step import StepPlan, StepResult, StepRow
 
 VOCAB = 97
 
@@ -33,6 +34,7 @@ def ask(name: str, prompt: list[int], max_tokens: int = 4, **kwargs: object) -> 
 
 def step(scheduler: Scheduler, runner: FakeRunner | None = None) -> tuple[StepPlan, list[Delta]]:
     plan = scheduler.schedule()
+    assert len(plan.rows) == len(plan)  # spelled out now: blocks may move at the commit
     deltas = scheduler.commit(plan, (runner or FakeRunner(VOCAB)).run(plan))
     scheduler.check_integrity()
     return plan, deltas
@@ -68,7 +70,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.asked: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
-        self.plan = StepPlan(())
 
     @rule(
         prefix=st.integers(0, 20),
@@ -238,7 +239,7 @@ def test_nobody_is_admitted_in_a_step_that_preempted() -> None:
     seen = 0
     for index in range(60):
         before = scheduler.gauges().counts["preemptions"]
-        running = {s.request_id for s in scheduler._running}
+        running = {s.request_id for s in scheduler._roster.running}
         scheduler.add(ask(f"small{index}", [1], max_tokens=1))
         plan, _ = step(scheduler)
         if scheduler.gauges().counts["preemptions"] > before:
@@ -277,13 +278,18 @@ def test_a_large_request_lets_small_ones_pass_but_not_for_ever() -> None:
     scheduler.add(ask("small", [1, 2], max_tokens=1))
     _, deltas = step(scheduler)
     assert "small" in [delta.request_id for delta in deltas]
-    large = scheduler._by_id["large"]
+    large = scheduler._roster.by_id["large"]
     assert large.num_overtaken == 1
     large.num_overtaken = MAX_OVERTAKEN
     scheduler.add(ask("late", [1, 2], max_tokens=1))
     _, deltas = step(scheduler)
     assert "late" not in [delta.request_id for delta in deltas]
     assert set(finish(scheduler)) >= {"large", "late"}
+
+
+def blocks(scheduler: Scheduler, request_id: str) -> tuple[int, ...]:
+    sequence = scheduler._roster.by_id[request_id]
+    return scheduler._roster.table.blocks_of(sequence.slot) if sequence.is_running else ()
 
 
 def test_the_oldest_request_is_never_preempted() -> None:
@@ -293,11 +299,11 @@ def test_the_oldest_request_is_never_preempted() -> None:
         prompt = [generator.randrange(VOCAB) for _ in range(generator.randrange(1, 30))]
         scheduler.add(ask(f"{index:02}", prompt, max_tokens=generator.randrange(1, 40)))
     while scheduler.has_work:
-        oldest = min(scheduler._by_id)
-        held = scheduler._by_id[oldest].block_ids
+        oldest = min(scheduler._roster.by_id)
+        held = blocks(scheduler, oldest)
         step(scheduler)
-        if held and oldest in scheduler._by_id:
-            assert scheduler._by_id[oldest].block_ids[: len(held)] == held
+        if held and oldest in scheduler._roster.by_id:
+            assert blocks(scheduler, oldest)[: len(held)] == held
     assert scheduler.gauges().counts["completions"] == 40
 
 
@@ -334,16 +340,105 @@ def test_a_missing_or_impossible_token_ends_only_its_request() -> None:
 
 
 def test_the_same_work_gives_the_same_plans() -> None:
-    def plans() -> list[StepPlan]:
+    def plans() -> list[tuple[StepRow, ...]]:
         scheduler = make(blocks=20, budget=9, concurrent=3)
         for index in range(9):
             scheduler.add(ask(str(index), list(range(index, index * 4 + 1)), max_tokens=20))
         seen = []
         while scheduler.has_work:
-            seen.append(step(scheduler)[0])
+            seen.append(step(scheduler)[0].rows)
         return seen
 
     assert plans() == plans()
+
+
+class Ahead:
+    """Runs a scheduler one step ahead: the next step is scheduled before the last is committed.
+
+    The fake device below remembers the newest token of each slot, as the real one does.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.in_flight: tuple[StepPlan, StepResult] | None = None
+        self.newest: dict[int, int] = {}
+        self.num_pending = 0
+
+    def launch(self) -> tuple[StepPlan, StepResult] | None:
+        plan = self.scheduler.schedule()
+        if not len(plan):
+            return None
+        rows = [
+            replace(row, token_ids=(*row.token_ids[:-1], self.newest[slot])) if pending else row
+            for row, slot, pending in zip(
+                plan.rows, plan.slots.tolist(), plan.pending.tolist(), strict=True
+            )
+        ]
+        self.num_pending += int(plan.pending.sum())
+        result = FakeRunner(VOCAB).run(StepPlan.of(rows))
+        for row, slot in zip(plan.rows, plan.slots.tolist(), strict=True):
+            if row.sample:
+                self.newest[slot] = result.tokens[row.request_id]
+        return plan, result
+
+    def turn(self) -> list[Delta]:
+        launched = self.launch()
+        deltas = self.scheduler.commit(*self.in_flight) if self.in_flight else []
+        self.in_flight = launched
+        self.scheduler.check_integrity()
+        return deltas
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    asked=st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 25), st.booleans()), min_size=1, max_size=8
+    ),
+    eos=st.integers(0, VOCAB - 1),
+    aborts=st.dictionaries(st.integers(0, 40), st.integers(0, 7), max_size=2),
+)
+def test_one_step_ahead_gives_the_same_tokens(
+    asked: list[tuple[int, int, bool]], eos: int, aborts: dict[int, int]
+) -> None:
+    """With end tokens, min_tokens, preemption and aborts in between, also of what is in flight."""
+
+    def fill() -> Scheduler:
+        scheduler = make(blocks=12, budget=9, concurrent=3, length=48, eos=(eos,))
+        for index, (length, answer, banned) in enumerate(asked):
+            minimum = answer // 2 if banned else 0
+            prompt = list(range(index, index + length))
+            assert scheduler.add(ask(f"r{index}", prompt, answer, min_tokens=minimum)) is None
+        return scheduler
+
+    plain = finish(fill())
+    ahead = Ahead(fill())
+    tokens: dict[str, list[int]] = {f"r{index}": [] for index in range(len(asked))}
+    aborted: set[str] = set()
+    for turn in range(2000):
+        if not ahead.scheduler.has_work:
+            break
+        if turn in aborts:
+            aborted.update(d.request_id for d in ahead.scheduler.abort(f"r{aborts[turn]}"))
+        for delta in ahead.turn():
+            assert delta.request_id not in aborted
+            tokens[delta.request_id].extend(delta.token_ids)
+    assert not ahead.scheduler.has_work
+    for name, made in tokens.items():
+        assert made == plain[name][: len(made)]
+        assert name in aborted or made == plain[name]
+
+
+def test_one_step_ahead_keeps_every_decode_busy() -> None:
+    scheduler = make(budget=64)
+    for name in "ab":
+        assert scheduler.add(ask(name, [ord(name) - 90] * 3, max_tokens=20)) is None
+    ahead = Ahead(scheduler)
+    turns = 0
+    while scheduler.has_work:
+        ahead.turn()
+        turns += 1
+    assert ahead.num_pending == 2 * 19
+    assert turns == 21
 
 
 def test_ending_all_tells_everybody_and_frees_everything() -> None:

@@ -7,6 +7,8 @@ in least-recently-used order when the free ones run out. Knows no tensor and no 
 
 import hashlib
 import struct
+import sys
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -35,7 +37,25 @@ def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
     SHA-256 and not a fast hash: a collision would serve one tenant's context to another.
     """
-    return hashlib.sha256(parent + struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()
+    return extend_chain(parent, token_ids, len(token_ids))[0]
+
+
+def extend_chain(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """Hashes of consecutive full blocks; what is left over at the end has none.
+
+    All tokens become bytes at once, for nothing if they come as array("I"): a block then costs
+    little more than its SHA-256.
+    """
+    tokens = token_ids if isinstance(token_ids, array) else array("I", token_ids)
+    if sys.byteorder == "big":
+        tokens = array("I", tokens)
+        tokens.byteswap()
+    data, step, sha256 = tokens.tobytes(), tokens.itemsize * block_size, hashlib.sha256
+    hashes = []
+    for end in range(step, len(data) + 1, step):
+        parent = sha256(parent + data[end - step : end]).digest()
+        hashes.append(parent)
+    return hashes
 
 
 class BlockPool:
@@ -130,22 +150,23 @@ class BlockPool:
         self._ref_counts[block] = 1
         return block
 
-    def publish(self, block_id: int, value: bytes) -> None:
-        """Make a full block findable. The first block of a hash wins; a second stays private.
+    def publish(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
+        """Make full blocks findable. The first block of a hash wins; a second stays private.
 
         A published block is never written again. Raises EngineError for a block of nobody, or one
         published as something else.
         """
         if not self.prefix_caching:
             return
-        if self._ref_counts[block_id] < 1:
-            raise EngineError(f"block {block_id} was published without an owner")
-        known = self._hashes[block_id]
-        if known is not None and known != value:
-            raise EngineError(f"block {block_id} was published twice with different tokens")
-        if known is None and value not in self._block_of_hash:
-            self._hashes[block_id] = value
-            self._block_of_hash[value] = block_id
+        for block, value in zip(block_ids, hashes, strict=True):
+            if self._ref_counts[block] < 1:
+                raise EngineError(f"block {block} was published without an owner")
+            known = self._hashes[block]
+            if known is not None and known != value:
+                raise EngineError(f"block {block} was published twice with different tokens")
+            if known is None and value not in self._block_of_hash:
+                self._hashes[block] = value
+                self._block_of_hash[value] = block
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Drop one reference of each block of a request's table, tail first.

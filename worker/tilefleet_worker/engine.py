@@ -249,7 +249,7 @@ class Engine:
             else:
                 deltas += self._add(message)
         plan = self._scheduler.schedule()
-        if plan.rows:
+        if len(plan):
             result = self._run(plan)
             deltas += self._scheduler.commit(plan, result)
         self._record(plan, began)
@@ -258,7 +258,7 @@ class Engine:
     def _add(self, request: Request) -> list[Delta]:
         """Hand a request to the scheduler. Whatever that raises ends this request alone."""
         try:
-            refusal = self._scheduler.add(request)
+            refusal = self._scheduler.enqueue(request)
         except Exception as error:
             LOGGER.exception("request %s could not be added", request.request_id)
             return self._scheduler.fail(request.request_id, f"{type(error).__name__}: {error}")
@@ -271,14 +271,14 @@ class Engine:
         try:
             return self._runner.run(plan)
         except Exception as error:
-            if len(plan.rows) == 1:
-                LOGGER.exception("request %s broke its step", plan.rows[0].request_id)
+            if len(plan) == 1:
+                LOGGER.exception("request %s broke its step", plan.request_ids[0])
                 self._check_device(error)
-                return StepResult({}, {plan.rows[0].request_id: f"{type(error).__name__}: {error}"})
+                return StepResult({}, {plan.request_ids[0]: f"{type(error).__name__}: {error}"})
             LOGGER.warning(
-                "a step of %d rows failed (%s): running them one by one", len(plan.rows), error
+                "a step of %d rows failed (%s): running them one by one", len(plan), error
             )
-        parts = [self._run(StepPlan((row,))) for row in plan.rows]
+        parts = [self._run(plan.alone(index)) for index in range(len(plan))]
         return StepResult(
             {key: token for part in parts for key, token in part.tokens.items()},
             {key: fault for part in parts for key, fault in part.faults.items()},
@@ -298,7 +298,7 @@ class Engine:
         now = self._clock()
         with self._wake:
             self._scheduler_gauges = gauges
-            if plan.rows:
+            if len(plan):
                 self._steps.append(StepSample.of(plan, now - began))
                 self._num_steps += 1
                 self._busy_seconds += now - began

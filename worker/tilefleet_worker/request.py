@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tilefleet_worker.errors import RequestError
 
@@ -52,6 +52,14 @@ class SamplingParams:
         if self.seed is not None and not -MAX_SEED <= self.seed <= MAX_SEED:
             raise _invalid("seed", self.seed, f"from {-MAX_SEED} to {MAX_SEED}")
 
+    @property
+    def plain(self) -> bool:
+        """True when the next token depends on logits, the fields above, seed and position only.
+
+        min_tokens does not count as such: it bans tokens by what was generated so far.
+        """
+        return self.min_tokens == 0
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -77,8 +85,7 @@ class Request:
         return int.from_bytes(hashlib.sha256(self.request_id.encode()).digest()[:8], "little")
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one step produced for one request. The last one carries a `finish_reason`.
 
     `token_ids` includes the end token that stopped the request. After "error" no more deltas

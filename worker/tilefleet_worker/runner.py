@@ -52,17 +52,17 @@ class Runner:
         rows = [
             _probe(0, (1,) * length, (block,)) for block in range(min(5, self._cache.num_blocks))
         ]
-        prompts = self.logits(StepPlan(tuple(rows)))
+        prompts = self.logits(StepPlan.of(rows))
         decodes = [_probe(length - 1, (1,), row.block_ids) for row in rows]
-        together = self.logits(StepPlan(tuple(decodes)))
-        alone = self.logits(StepPlan((decodes[0],)))
+        together = self.logits(StepPlan.of(decodes))
+        alone = self.logits(StepPlan.of([decodes[0]]))
         expected = prompts[:1].expand_as(prompts)
         return all(part.equal(expected[: len(part)]) for part in (prompts, together, alone))
 
     def check(self) -> None:
         """Run one token in the spare block. Raises EngineError when that gives no token."""
         row = _probe(0, (0,), (self._cache.spare_block_id,))
-        result = self.run(StepPlan((row,)))
+        result = self.run(StepPlan.of([row]))
         if _CHECK_ID not in result.tokens:
             raise EngineError(f"The self-check failed: {result.faults.get(_CHECK_ID)}.")
 
@@ -73,7 +73,7 @@ class Runner:
         """
         length = min(max_tokens, self._cache.block_size)
         row = _probe(0, (0,) * length, (self._cache.spare_block_id,))
-        self.run(StepPlan((row,)))
+        self.run(StepPlan.of([row]))
         self.check()
 
 

@@ -8,15 +8,19 @@ Why it always makes progress: a request that cannot fit the empty pool is refuse
 oldest running request may take the blocks of all younger ones, and ages never change.
 """
 
-from bisect import insort
 from collections.abc import Mapping
-from dataclasses import dataclass
+from itertools import repeat
 
+import numpy as np
+
+from tilefleet_worker.admission import Limits
 from tilefleet_worker.block_pool import BlockPool
-from tilefleet_worker.errors import ConfigError, EngineError
+from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.request import Delta, FinishReason, Refusal, Request
+from tilefleet_worker.request_table import Ints
+from tilefleet_worker.roster import Roster, SchedulerGauges
 from tilefleet_worker.sequence import Sequence
-from tilefleet_worker.step import StepPlan, StepResult, StepRow
+from tilefleet_worker.step import StepPlan, StepResult
 
 # A request that does not fit lets smaller ones pass, but not for ever.
 MAX_OVERTAKEN = 64
@@ -24,22 +28,8 @@ MAX_OVERTAKEN = 64
 ADMISSION_WINDOW = 16
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerGauges:
-    """The scheduler's state as numbers, and its counters so far."""
-
-    running: int
-    waiting: int
-    waiting_prompt_tokens: int
-    oldest_arrival_seconds: float | None
-    blocks_total: int
-    blocks_used: int
-    blocks_cached: int
-    counts: Mapping[str, int]
-
-
 class Scheduler:
-    """Owns all requests in progress and the block pool. One thread; no clock; no tensor."""
+    """Decides over the roster of requests and the block pool. One thread; no clock; no tensor."""
 
     def __init__(
         self,
@@ -64,93 +54,100 @@ class Scheduler:
         self.max_concurrent = max_concurrent
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
+        self.limits = Limits(pool, max_model_len, vocab_size)
+        # Every running request holds a block, so there are never more of them than blocks.
+        num_slots = min(max_concurrent, pool.num_blocks)
+        self._roster = Roster(pool, num_slots, self.limits.max_total_tokens)
+        self._table = self._roster.table
         self._eos_token_ids = eos_token_ids
-        self._running: list[Sequence] = []  # both lists: oldest first
-        self._waiting: list[Sequence] = []
-        self._by_id: dict[str, Sequence] = {}
         self._next_order = 0
-        self._counts = dict.fromkeys(
-            (
-                "prompt_tokens_computed",
-                "prompt_tokens_cached",
-                "generated_tokens",
-                "completions",
-                "aborts",
-                "errors",
-                "preemptions",
-            ),
-            0,
-        )
 
     @property
     def has_work(self) -> bool:
         """True while any request is in progress."""
-        return bool(self._by_id)
+        return bool(self._roster.by_id)
 
     @property
     def num_running(self) -> int:
         """Requests that hold blocks."""
-        return len(self._running)
+        return len(self._roster.running)
 
     @property
     def max_total_tokens(self) -> int:
         """Longest prompt and answer together that can be served."""
-        return min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
+        return self.limits.max_total_tokens
 
     def refusal(self, request: Request) -> Refusal | None:
         """Why this request can never be served, or None. Reads nothing that changes."""
-        prompt = request.prompt_token_ids
-        if not prompt:
-            message = "The prompt has no tokens: send at least one."
-            return Refusal(400, "empty_prompt", message, "prompt")
-        lowest, highest = min(prompt), max(prompt)
-        if lowest < 0 or highest >= self.vocab_size:
-            bad = lowest if lowest < 0 else highest
-            message = f"Token id {bad} is not in the vocabulary of {self.vocab_size} tokens."
-            return Refusal(400, "invalid_token_id", message, "prompt")
-        if request.max_total_tokens <= self.max_total_tokens:
-            return None
-        return Refusal(400, "context_length_exceeded", self._too_long(request), "max_tokens")
-
-    def _too_long(self, request: Request) -> str:
-        cause = (
-            f"the model length of {self.max_model_len} tokens"
-            if self.max_total_tokens == self.max_model_len
-            else f"the KV cache of {self.max_total_tokens} tokens"
-        )
-        return (
-            f"The prompt has {len(request.prompt_token_ids)} tokens and max_tokens is "
-            f"{request.params.max_tokens}: together {request.max_total_tokens}, above the limit of "
-            f"{self.max_total_tokens} set by {cause}. Shorten the prompt or lower max_tokens."
-        )
+        return self.limits.refusal(request)
 
     def add(self, request: Request) -> Refusal | None:
         """Queue a request, or say why it can never be served."""
-        refusal = self.refusal(request)
-        if refusal is not None:
-            return refusal
-        if request.request_id in self._by_id:
+        return self.refusal(request) or self.enqueue(request)
+
+    def enqueue(self, request: Request) -> Refusal | None:
+        """Queue a request that `refusal` did not refuse, unless its id is in use."""
+        if request.request_id in self._roster.by_id:
             message = f"Request id {request.request_id!r} is in flight: use another one."
             return Refusal(400, "duplicate_request_id", message, None)
         sequence = Sequence(request, self._next_order, self._eos_token_ids)
         self._next_order += 1
-        self._by_id[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._roster.add(sequence)
         return None
+
+    # Scheduling ---------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
         """Decide the next step. Running requests first, decodes before chunks of prompts.
 
-        An empty plan is legal. Allocates blocks; computes nothing.
+        An empty plan is legal. Allocates blocks; computes nothing. May be called once more before
+        the commit of the step before: a request whose next token has no name yet then gets a row
+        with a pending token where that is possible, and no row otherwise.
         """
         preempted = self._grow_running()
-        rows: list[StepRow] = []
-        budget = self.max_batch_tokens
-        for sequence in sorted(self._running, key=_decodes_first):
-            budget -= self._add_row(rows, sequence, budget)
-        if not preempted:
-            self._admit_waiting(rows, budget)
-        return StepPlan(tuple(rows))
+        slots = self._roster.slots
+        remaining = self._remaining(slots)
+        is_decode = remaining == 1
+        decodes = slots if is_decode.all() else slots[is_decode]
+        if len(decodes) > self.max_batch_tokens:
+            decodes = decodes[: self.max_batch_tokens]
+        chunks: dict[int, int] = {}
+        budget = self.max_batch_tokens - len(decodes)
+        prompts = remaining > 1
+        num_prompts = int(np.count_nonzero(prompts))
+        if num_prompts:
+            budget -= self._take_chunks(chunks, slots[prompts], remaining[prompts], budget)
+        if self._roster.waiting and not preempted:
+            self._admit_waiting(chunks, budget, num_prompts)
+        if not chunks:
+            return self._plan(decodes, np.ones(len(decodes), np.int64))
+        lengths = np.ones(len(decodes) + len(chunks), np.int64)
+        lengths[len(decodes) :] = list(chunks.values())
+        return self._plan(np.concatenate((decodes, np.array(list(chunks), np.int64))), lengths)
+
+    def _remaining(self, slots: Ints) -> Ints:
+        """Tokens of each slot that can be scheduled now."""
+        table = self._table
+        ahead = table.num_ahead[slots]
+        known = table.num_tokens[slots] + ahead
+        remaining = known - table.num_scheduled[slots]
+        if ahead.any():
+            # The pending token may be the last one, or the host must see it to choose the next.
+            held = (ahead > 0) & ((known >= table.limit[slots]) | ~table.plain[slots])
+            remaining[held] = 0
+        return remaining
+
+    def _plan(self, slots: Ints, lengths: Ints) -> StepPlan:
+        """Make the plan of these slots and note it in the table."""
+        table = self._table
+        starts = table.num_scheduled[slots]
+        ends = starts + lengths
+        known = table.num_tokens[slots]
+        sample = ends == known + table.num_ahead[slots]
+        table.num_scheduled[slots] = ends
+        table.num_ahead[slots] += sample
+        owners, epochs = tuple(self._roster.owners(slots)), table.epoch[slots]
+        return StepPlan(table, owners, slots, epochs, starts, lengths, sample, ends > known)
 
     def _grow_running(self) -> bool:
         """Give every running request a block for its next token, oldest first.
@@ -158,49 +155,62 @@ class Scheduler:
         Where blocks run out the youngest lose theirs. Returns whether that happened: a step that
         preempts must not admit, or the two would undo each other.
         """
+        table, slots, running = self._table, self._roster.slots, self._roster.running
+        needed = -(-(table.num_tokens[slots] + table.num_ahead[slots]) // self.pool.block_size)
+        missing = needed - table.num_blocks[slots]
+        short = np.flatnonzero(missing > 0)
+        if not len(short):
+            return False
+        if int(missing.max()) == 1 and len(short) <= self.pool.num_available:
+            table.append_block_each(slots[short], self.pool.allocate(len(short)))
+            return False
         preempted = False
-        for sequence in tuple(self._running):
-            missing = self.pool.blocks_for(sequence.num_tokens) - len(sequence.block_ids)
-            if missing <= 0 or not sequence.block_ids:
-                continue  # enough, or preempted a moment ago
-            while self.pool.num_available < missing and sequence.block_ids:
-                self._preempt(self._running[-1])
+        for sequence, count in [(running[i], int(missing[i])) for i in short.tolist()]:
+            while sequence.is_running and self.pool.num_available < count:
+                self._roster.preempt(running[-1])
                 preempted = True
-            if sequence.block_ids:
-                sequence.block_ids += self.pool.allocate(missing)
+            if sequence.is_running:
+                table.extend_blocks(sequence.slot, self.pool.allocate(count))
         return preempted
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a request's blocks. It waits again, at its age, and recomputes its tokens."""
-        self._running.remove(sequence)
-        sequence.release(self.pool)
-        sequence.num_preemptions += 1
-        insort(self._waiting, sequence, key=_age)
-        self._counts["preemptions"] += 1
+    def _take_chunks(
+        self, chunks: dict[int, int], slots: Ints, remaining: Ints, budget: int
+    ) -> int:
+        """Give running requests with prompts left their share. Returns the tokens they took."""
+        shared = len(slots) > 1 or self._could_admit()
+        taken = 0
+        for slot, wanted in zip(slots.tolist(), remaining.tolist(), strict=True):
+            length = min(self._share(wanted, shared), budget - taken)
+            if length <= 0:
+                break
+            chunks[slot] = length
+            taken += length
+        return taken
 
-    def _add_row(self, rows: list[StepRow], sequence: Sequence, budget: int) -> int:
-        """Append as much of a request as the budget allows. Returns the tokens it took."""
-        length = min(sequence.num_remaining, budget)
-        if length > 1 and self._others_want_prompts(sequence):
-            length = min(length, max(1, self.max_batch_tokens // 2))
-        if length > 0:
-            rows.append(sequence.row(length))
-        return length
+    def _share(self, wanted: int, shared: bool) -> int:
+        """Most of a prompt that one step computes: half the budget while others want some."""
+        return min(wanted, max(1, self.max_batch_tokens // 2)) if shared else wanted
 
-    def _others_want_prompts(self, sequence: Sequence) -> bool:
-        """True when another request could use a part of the budget for its prompt."""
-        if self._waiting and len(self._running) < self.max_concurrent:
-            return True
-        return any(s.num_remaining > 1 for s in self._running if s is not sequence)
+    def _could_admit(self) -> bool:
+        roster = self._roster
+        return bool(roster.waiting) and len(roster.running) < self.max_concurrent
 
-    def _admit_waiting(self, rows: list[StepRow], budget: int) -> None:
-        """Admit what fits, oldest first. One that does not fit lets younger ones pass, bounded."""
+    def _admit_waiting(self, chunks: dict[int, int], budget: int, num_prompts: int) -> None:
+        """Admit what fits, oldest first. One that does not fit lets younger ones pass, bounded.
+
+        num_prompts: running requests that have more than one token left to compute.
+        """
         passed: list[Sequence] = []
-        for sequence in self._waiting[:ADMISSION_WINDOW]:
-            if budget <= 0 or len(self._running) >= self.max_concurrent:
+        for sequence in self._roster.waiting[:ADMISSION_WINDOW]:
+            if budget <= 0 or self.num_running >= self.max_concurrent:
                 break
             if self._try_admit(sequence):
-                budget -= self._add_row(rows, sequence, budget)
+                wanted = sequence.num_tokens - int(self._table.num_computed[sequence.slot])
+                shared = num_prompts > 0 or self._could_admit()
+                length = min(self._share(wanted, shared), budget)
+                chunks[sequence.slot] = length
+                budget -= length
+                num_prompts += wanted > 1
                 for older in passed:
                     older.num_overtaken += 1
                 continue
@@ -215,12 +225,7 @@ class Scheduler:
         available = self.pool.num_available - self.pool.num_idle_of(hits)
         if needed + self._growth_reserve() > available:
             return False
-        first_time = sequence.num_cached_tokens is None
-        sequence.admit(self.pool, hits)
-        if first_time:
-            self._counts["prompt_tokens_cached"] += sequence.num_cached_tokens or 0
-        self._waiting.remove(sequence)
-        insort(self._running, sequence, key=_age)
+        self._roster.admit(sequence, hits)
         return True
 
     def _growth_reserve(self) -> int:
@@ -229,108 +234,119 @@ class Scheduler:
         With the oldest covered it always finishes, so every queue drains; covering all of them
         would waste most of the pool on answers that end early.
         """
-        if not self._running:
+        if not self._roster.running:
             return 0
-        oldest = self._running[0]
+        oldest = self._roster.running[0]
         total = self.pool.blocks_for(oldest.request.max_total_tokens)
-        return total - len(oldest.block_ids) + len(self._running) - 1
+        return total - int(self._table.num_blocks[oldest.slot]) + self.num_running - 1
+
+    # Results ------------------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
-        """Take in what a step computed. Rows of requests that ended meanwhile are ignored."""
-        deltas: list[Delta] = []
-        for row in plan.rows:
-            sequence = self._by_id.get(row.request_id)
-            if sequence is None or not sequence.block_ids:
-                continue
-            if row.request_id in result.faults:
-                deltas.append(self._finish(sequence, "error", result.faults[row.request_id]))
-                continue
-            self._count_prompt(sequence, row)
-            sequence.advance(self.pool, row.end)
-            if row.sample:
-                deltas.append(self._take_token(sequence, result.tokens.get(row.request_id)))
+        """Take in what a step computed. Rows of requests that ended meanwhile are ignored.
+
+        Steps are committed in the order in which they were scheduled.
+        """
+        table = self._table
+        plan = self._alive(plan)
+        errors: list[Delta] = []
+        if result.faults:
+            errors = self._end_faulty(plan, result.faults)
+            plan = self._alive(plan)
+        ends = plan.ends
+        table.num_computed[plan.slots] = ends
+        prompt_ends = np.minimum(ends, table.num_prompt[plan.slots])
+        computed = int(np.maximum(prompt_ends - plan.starts, 0).sum())
+        self._roster.counts["prompt_tokens_computed"] += computed
+        if self.pool.prefix_caching:
+            self._publish(plan, ends)
+        sampled = plan if plan.sample.all() else plan.select(plan.sample)
+        deltas = self._take_tokens(sampled, result.tokens)
+        return deltas + errors if errors else deltas
+
+    def _end_faulty(self, plan: StepPlan, faults: Mapping[str, str]) -> list[Delta]:
+        faulty = [request_id for request_id in plan.request_ids if request_id in faults]
+        return [self._roster.finish(self._roster.by_id[i], "error", faults[i]) for i in faulty]
+
+    def _alive(self, plan: StepPlan) -> StepPlan:
+        alive = self._table.epoch[plan.slots] == plan.epochs
+        return plan if alive.all() else plan.select(alive)
+
+    def _publish(self, plan: StepPlan, ends: Ints) -> None:
+        """Make the blocks that became full findable."""
+        table = self._table
+        full = ends // self.pool.block_size
+        grown = full > table.num_published[plan.slots]
+        slots, full = plan.slots[grown], full[grown]
+        first = table.num_published[slots]
+        table.num_published[slots] = full
+        owners = self._roster.owners(slots)
+        for sequence, start, end in zip(owners, first.tolist(), full.tolist(), strict=True):
+            hashes = sequence.block_hashes(self.pool, end)
+            blocks = table.block_ids[sequence.slot, start:end].tolist()
+            self.pool.publish(blocks, hashes[start:end])
+
+    def _take_tokens(self, plan: StepPlan, tokens: Mapping[str, int]) -> list[Delta]:
+        """Append a token to each of these requests, all of which want one."""
+        values = np.array([tokens.get(request_id, -1) for request_id in plan.request_ids], np.int64)
+        self._table.num_ahead[plan.slots] -= 1
+        valid = (values >= 0) & (values < self.vocab_size)
+        if valid.all():
+            return self._append(plan, values)
+        deltas = self._append(plan.select(valid), values[valid])
+        for request_id in plan.select(~valid).request_ids:
+            message = f"The step produced no valid token ({tokens.get(request_id)})"
+            deltas.append(self._roster.finish(self._roster.by_id[request_id], "error", message))
         return deltas
 
-    def _count_prompt(self, sequence: Sequence, row: StepRow) -> None:
-        computed = min(row.end, sequence.num_prompt_tokens) - row.start
-        self._counts["prompt_tokens_computed"] += max(0, computed)
+    def _append(self, plan: StepPlan, values: Ints) -> list[Delta]:
+        """Append these tokens, all valid, and end the requests that end with them."""
+        table, slots, token_ids = self._table, plan.slots, values.tolist()
+        owners = list(self._roster.owners(slots))
+        for sequence, token_id in zip(owners, token_ids, strict=True):
+            sequence.token_ids.append(token_id)
+        lengths = table.num_tokens[slots] + 1
+        table.num_tokens[slots] = lengths
+        table.last_token[slots] = values
+        self._roster.counts["generated_tokens"] += len(token_ids)
+        cached = table.num_cached[slots].tolist()
+        none = repeat(None)
+        fields = zip(plan.request_ids, zip(token_ids), none, none, cached, strict=False)
+        # Delta(*fields) runs Python for each; this builds the same tuples in half the time.
+        deltas: list[Delta] = list(map(tuple.__new__, repeat(Delta), fields))
+        stops = (table.end_token_ids[slots] == values[:, None]).any(axis=1)
+        stops &= lengths > table.end_from[slots]
+        for index in np.flatnonzero(stops | (lengths >= table.limit[slots])).tolist():
+            sequence = owners[index]
+            reason: FinishReason = "stop" if stops[index] else "length"
+            deltas[index] = self._roster.finish(sequence, reason, None, (token_ids[index],))
+        return deltas
 
-    def _take_token(self, sequence: Sequence, token_id: int | None) -> Delta:
-        if token_id is None or not 0 <= token_id < self.vocab_size:
-            return self._finish(sequence, "error", f"The step produced no valid token ({token_id})")
-        self._counts["generated_tokens"] += 1
-        reason = sequence.append(token_id)
-        if reason is not None:
-            return self._finish(sequence, reason, None, (token_id,))
-        cached = sequence.num_cached_tokens or 0
-        return Delta(sequence.request_id, (token_id,), None, None, cached)
+    # Endings ------------------------------------------------------------------------------------
 
     def abort(self, request_id: str) -> list[Delta]:
         """End a request at the caller's wish. An unknown id is ignored."""
-        sequence = self._by_id.get(request_id)
-        return [] if sequence is None else [self._finish(sequence, "abort", None)]
+        sequence = self._roster.by_id.get(request_id)
+        return [] if sequence is None else [self._roster.finish(sequence, "abort", None)]
 
     def fail(self, request_id: str, message: str) -> list[Delta]:
         """End one request with an error, also one that was never queued."""
-        sequence = self._by_id.get(request_id)
+        sequence = self._roster.by_id.get(request_id)
         if sequence is not None:
-            return [self._finish(sequence, "error", message)]
-        self._counts["errors"] += 1
+            return [self._roster.finish(sequence, "error", message)]
+        self._roster.counts["errors"] += 1
         return [Delta(request_id, (), "error", message)]
 
     def end_all(self, reason: FinishReason, message: str | None) -> list[Delta]:
         """End everything in progress, oldest first."""
-        return [self._finish(s, reason, message) for s in sorted(self._by_id.values(), key=_age)]
+        return [self._roster.finish(s, reason, message) for s in self._roster.oldest_first()]
 
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        error: str | None,
-        token_ids: tuple[int, ...] = (),
-    ) -> Delta:
-        """The only place where a request ends: forget it and free its blocks."""
-        del self._by_id[sequence.request_id]
-        (self._running if sequence.block_ids else self._waiting).remove(sequence)
-        sequence.release(self.pool)
-        self._counts[{"abort": "aborts", "error": "errors"}.get(reason, "completions")] += 1
-        cached = sequence.num_cached_tokens or 0
-        return Delta(sequence.request_id, token_ids, reason, error, cached)
+    # State --------------------------------------------------------------------------------------
 
     def gauges(self) -> SchedulerGauges:
         """State as numbers, as of now."""
-        return SchedulerGauges(
-            running=len(self._running),
-            waiting=len(self._waiting),
-            waiting_prompt_tokens=sum(s.num_prompt_tokens for s in self._waiting),
-            oldest_arrival_seconds=min(
-                (s.request.arrival_seconds for s in self._waiting), default=None
-            ),
-            blocks_total=self.pool.num_blocks,
-            blocks_used=self.pool.num_referenced,
-            blocks_cached=self.pool.num_idle,
-            counts=dict(self._counts),
-        )
+        return self._roster.gauges()
 
     def check_integrity(self) -> None:
-        """Raise EngineError unless lists, tables and pool agree. Tests call it each step."""
-        self.pool.check_integrity([s.block_ids for s in self._running])
-        if sorted(self._by_id) != sorted(s.request_id for s in self._running + self._waiting):
-            raise EngineError("a request is lost or queued twice")
-        if len(self._running) > self.max_concurrent:
-            raise EngineError("more requests run than max_concurrent")
-        for ordered in (self._running, self._waiting):
-            if ordered != sorted(ordered, key=_age):
-                raise EngineError("a queue is not in order of age")
-        if any(s.block_ids or s.num_computed for s in self._waiting):
-            raise EngineError("a waiting request holds blocks")
-        if any(s.num_computed > len(s.block_ids) * self.pool.block_size for s in self._running):
-            raise EngineError("a request computed tokens beyond its blocks")
-
-
-def _age(sequence: Sequence) -> int:
-    return sequence.order
-
-
-def _decodes_first(sequence: Sequence) -> tuple[bool, int]:
-    return sequence.num_remaining > 1, sequence.order
+        """Raise EngineError unless lists, table and pool agree. Tests call it each step."""
+        self._roster.check_integrity()

@@ -23,9 +23,9 @@ class StepSample:
         """Describe a plan that took `seconds`."""
         return cls(
             seconds=seconds,
-            prefill_tokens=sum(row.length for row in plan.rows if row.length > 1),
-            sequences=len(plan.rows),
-            kv_tokens=sum(row.end for row in plan.rows),
+            prefill_tokens=int(plan.lengths[plan.lengths > 1].sum()),
+            sequences=len(plan),
+            kv_tokens=int(plan.ends.sum()),
         )
 
 

@@ -1,9 +1,15 @@
 """The value that the scheduler hands to the runner, and the one it gets back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import compress
+from typing import Protocol
 
-from tilefleet_worker.request import SamplingParams
+import numpy as np
+
+from tilefleet_worker.request import Request, SamplingParams
+from tilefleet_worker.request_table import Bools, Ints, RequestTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +39,135 @@ class StepRow:
         return self.start + len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step: what to compute. Empty when nothing is to be done, which is a legal state."""
+class RowOwner(Protocol):
+    """What a plan needs of a request to spell out its row."""
 
-    rows: tuple[StepRow, ...]
+    @property
+    def request_id(self) -> str:
+        """Id of the request."""
+        ...
+
+    def row(self, start: int, length: int, block_ids: tuple[int, ...], sample: bool) -> StepRow:
+        """The row of these tokens."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """One step: what to compute, as arrays over rows. Empty is a legal state.
+
+    starts, lengths: tokens `start … start + length` of the request in `slots`. sample: these reach
+    the request's end, so that a next token is wanted. pending: the last of them is the token that
+    the step before samples for the same slot, and that no commit has named yet. epochs: whose slot
+    it was. `table` and `owners` are the scheduler's own: read them before the next commit.
+    """
+
+    table: RequestTable
+    owners: Sequence[RowOwner]
+    slots: Ints
+    epochs: Ints
+    starts: Ints
+    lengths: Ints
+    sample: Bools
+    pending: Bools
+
+    @classmethod
+    def of(cls, rows: Sequence[StepRow]) -> "StepPlan":
+        """A plan of given rows, with a table of its own: for checks, measurements and tests."""
+        table = RequestTable(len(rows), max((len(row.block_ids) for row in rows), default=0))
+        slots = np.array([_enter(table, row) for row in rows], np.int64)
+        return cls(
+            table=table,
+            owners=tuple(_Given(row) for row in rows),
+            slots=slots,
+            epochs=table.epoch[slots],
+            starts=np.array([row.start for row in rows], np.int64),
+            lengths=np.array([row.length for row in rows], np.int64),
+            sample=np.array([row.sample for row in rows], np.bool_),
+            pending=np.zeros(len(rows), np.bool_),
+        )
+
+    def __len__(self) -> int:
+        return len(self.slots)
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed by the step."""
-        return sum(row.length for row in self.rows)
+        return int(self.lengths.sum())
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows that want a token."""
+        return int(np.count_nonzero(self.sample))
+
+    @property
+    def ends(self) -> Ints:
+        """Tokens of each request that are computed after this step."""
+        return self.starts + self.lengths
+
+    def select(self, keep: Bools) -> "StepPlan":
+        """The rows for which `keep` is true."""
+        return StepPlan(
+            self.table,
+            tuple(compress(self.owners, keep.tolist())),
+            self.slots[keep],
+            self.epochs[keep],
+            self.starts[keep],
+            self.lengths[keep],
+            self.sample[keep],
+            self.pending[keep],
+        )
+
+    def alone(self, index: int) -> "StepPlan":
+        """A plan of one of the rows."""
+        return self.select(np.arange(len(self)) == index)
+
+    @cached_property
+    def request_ids(self) -> list[str]:
+        """Ids in the order of the rows."""
+        return [owner.request_id for owner in self.owners]
+
+    @cached_property
+    def rows(self) -> tuple[StepRow, ...]:
+        """The rows as objects. A pending token has no name yet and is given as 0."""
+        parts = zip(
+            self.owners,
+            self.starts.tolist(),
+            self.lengths.tolist(),
+            self.slots.tolist(),
+            self.sample.tolist(),
+            strict=True,
+        )
+        return tuple(
+            owner.row(start, length, self.table.blocks_of(slot), sample)
+            for owner, start, length, slot, sample in parts
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Owner of a row that is already spelled out."""
+
+    given: StepRow
+
+    @property
+    def request_id(self) -> str:
+        return self.given.request_id
+
+    def row(self, start: int, length: int, block_ids: tuple[int, ...], sample: bool) -> StepRow:
+        del start, length, block_ids, sample
+        return self.given
+
+
+def _enter(table: RequestTable, row: StepRow) -> int:
+    request = Request(row.request_id, row.token_ids, row.params, arrival_seconds=0.0)
+    slot = table.take(request, row.end, row.banned_token_ids)
+    table.start_at(slot, row.start, 0)
+    table.extend_blocks(slot, row.block_ids)
+    table.last_token[slot] = row.token_ids[-1] if row.token_ids else 0
+    table.seed[slot] = row.seed
+    table.plain[slot] = row.params.plain and not row.banned_token_ids
+    return slot
 
 
 @dataclass(frozen=True, slots=True)

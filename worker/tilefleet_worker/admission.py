@@ -1,0 +1,47 @@
+"""What can never be served, said at the door with the limit and the remedy."""
+
+from dataclasses import dataclass
+
+from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.request import Refusal, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Fixed limits of an engine. Reads nothing that changes, so any thread may ask."""
+
+    pool: BlockPool
+    max_model_len: int
+    vocab_size: int
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Longest prompt and answer together that can be served."""
+        return min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
+
+    def refusal(self, request: Request) -> Refusal | None:
+        """Why this request can never be served, or None."""
+        prompt = request.prompt_token_ids
+        if not prompt:
+            message = "The prompt has no tokens: send at least one."
+            return Refusal(400, "empty_prompt", message, "prompt")
+        lowest, highest = min(prompt), max(prompt)
+        if lowest < 0 or highest >= self.vocab_size:
+            bad = lowest if lowest < 0 else highest
+            message = f"Token id {bad} is not in the vocabulary of {self.vocab_size} tokens."
+            return Refusal(400, "invalid_token_id", message, "prompt")
+        if request.max_total_tokens <= self.max_total_tokens:
+            return None
+        return Refusal(400, "context_length_exceeded", self._too_long(request), "max_tokens")
+
+    def _too_long(self, request: Request) -> str:
+        cause = (
+            f"the model length of {self.max_model_len} tokens"
+            if self.max_total_tokens == self.max_model_len
+            else f"the KV cache of {self.max_total_tokens} tokens"
+        )
+        return (
+            f"The prompt has {len(request.prompt_token_ids)} tokens and max_tokens is "
+            f"{request.params.max_tokens}: together {request.max_total_tokens}, above the limit of "
+            f"{self.max_total_tokens} set by {cause}. Shorten the prompt or lower max_tokens."
+        )

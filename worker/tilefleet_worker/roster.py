@@ -1,0 +1,172 @@
+"""The roster: all requests in progress, who of them runs and who waits, each in order of age.
+
+Owns the table and moves requests between the two lists, keeping lists, table and pool in step.
+Knows no budget and no policy: the scheduler decides.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.errors import EngineError
+from tilefleet_worker.request import Delta, FinishReason
+from tilefleet_worker.request_table import Ints, RequestTable
+from tilefleet_worker.sequence import Sequence
+
+_COUNTS = (
+    "prompt_tokens_computed",
+    "prompt_tokens_cached",
+    "generated_tokens",
+    "completions",
+    "aborts",
+    "errors",
+    "preemptions",
+)
+_COUNT_OF_REASON = {"abort": "aborts", "error": "errors"}
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerGauges:
+    """The scheduler's state as numbers, and its counters so far."""
+
+    running: int
+    waiting: int
+    waiting_prompt_tokens: int
+    oldest_arrival_seconds: float | None
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+    counts: Mapping[str, int]
+
+
+class Roster:
+    """`running` and `waiting` hold the oldest first; only the methods here change them."""
+
+    def __init__(self, pool: BlockPool, num_slots: int, max_total_tokens: int) -> None:
+        self.pool = pool
+        self.table = RequestTable(num_slots, pool.blocks_for(max_total_tokens))
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.by_id: dict[str, Sequence] = {}
+        self.by_slot: dict[int, Sequence] = {}
+        self.counts = dict.fromkeys(_COUNTS, 0)
+        self._waiting_prompt_tokens = 0
+        self._slots: Ints | None = None  # of `running`, until that changes
+
+    @property
+    def slots(self) -> Ints:
+        """Slots of the running requests, oldest first: the same array until one comes or goes."""
+        if self._slots is None:
+            self._slots = np.array([s.slot for s in self.running], np.int64)
+        return self._slots
+
+    def owners(self, slots: Ints) -> Iterable[Sequence]:
+        """Requests of these slots."""
+        if slots is self._slots:
+            return self.running
+        return map(self.by_slot.__getitem__, slots.tolist())
+
+    def add(self, sequence: Sequence) -> None:
+        """Take in a new request: it waits."""
+        self.by_id[sequence.request_id] = sequence
+        self._wait(sequence)
+
+    def admit(self, sequence: Sequence, hit_blocks: list[int]) -> None:
+        """Let a waiting request run. The pool must have the blocks that the hit does not cover."""
+        first_time = sequence.num_cached_tokens is None
+        self._stop_waiting(sequence)
+        sequence.admit(self.table, self.pool, hit_blocks)
+        if first_time:
+            self.counts["prompt_tokens_cached"] += sequence.num_cached_tokens or 0
+        insort(self.running, sequence, key=_age)
+        self.by_slot[sequence.slot] = sequence
+        self._slots = None
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running request's blocks. It waits again, at its age, with its tokens."""
+        self._stop_running(sequence)
+        sequence.num_preemptions += 1
+        self._wait(sequence)
+        self.counts["preemptions"] += 1
+
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: str | None,
+        token_ids: tuple[int, ...] = (),
+    ) -> Delta:
+        """The only place where a request ends: forget it and free its blocks."""
+        del self.by_id[sequence.request_id]
+        if sequence.is_running:
+            self._stop_running(sequence)
+        else:
+            self._stop_waiting(sequence)
+        self.counts[_COUNT_OF_REASON.get(reason, "completions")] += 1
+        cached = sequence.num_cached_tokens or 0
+        return Delta(sequence.request_id, token_ids, reason, error, cached)
+
+    def oldest_first(self) -> list[Sequence]:
+        """Everything in progress."""
+        return sorted(self.by_id.values(), key=_age)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self.running[bisect_left(self.running, sequence.order, key=_age)]
+        del self.by_slot[sequence.slot]
+        self._slots = None
+        sequence.release(self.table, self.pool)
+
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_age)
+        self._waiting_prompt_tokens += sequence.num_prompt_tokens
+
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        del self.waiting[bisect_left(self.waiting, sequence.order, key=_age)]
+        self._waiting_prompt_tokens -= sequence.num_prompt_tokens
+
+    def gauges(self) -> SchedulerGauges:
+        """State as numbers, as of now."""
+        return SchedulerGauges(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            waiting_prompt_tokens=self._waiting_prompt_tokens,
+            oldest_arrival_seconds=next((s.request.arrival_seconds for s in self.waiting), None),
+            blocks_total=self.pool.num_blocks,
+            blocks_used=self.pool.num_referenced,
+            blocks_cached=self.pool.num_idle,
+            counts=dict(self.counts),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise EngineError unless lists, table and pool agree."""
+        table, slots = self.table, self.slots
+        self.pool.check_integrity([table.blocks_of(s.slot) for s in self.running])
+        if sorted(self.by_id) != sorted(s.request_id for s in self.running + self.waiting):
+            raise EngineError("a request is lost or queued twice")
+        if slots.tolist() != [s.slot for s in self.running]:
+            raise EngineError("the slots of the running requests are outdated")
+        if {s.slot: s for s in self.running} != self.by_slot:
+            raise EngineError("a slot has another owner than its request")
+        if len(self.running) + table.num_free != table.num_slots:
+            raise EngineError("a slot is lost or used twice")
+        for ordered in (self.running, self.waiting):
+            if ordered != sorted(ordered, key=_age):
+                raise EngineError("a queue is not in order of age")
+        if any(s.is_running for s in self.waiting):
+            raise EngineError("a waiting request holds a slot")
+        if self._waiting_prompt_tokens != sum(s.num_prompt_tokens for s in self.waiting):
+            raise EngineError("the sum of waiting prompt tokens is wrong")
+        if [s.num_tokens for s in self.running] != table.num_tokens[slots].tolist():
+            raise EngineError("the table's lengths are not those of the requests")
+        if (table.num_computed[slots] > table.num_scheduled[slots]).any():
+            raise EngineError("a request computed tokens that were never scheduled")
+        room = table.num_blocks[slots] * self.pool.block_size
+        if (table.num_scheduled[slots] > room).any():
+            raise EngineError("a request was scheduled beyond its blocks")
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence.order
