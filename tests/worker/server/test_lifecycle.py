@@ -193,7 +193,7 @@ def test_full_queue_is_a_429_with_retry_after(start_worker):
 @pytest.mark.parametrize(
     ("flags", "status_", "words"),
     [
-        (["--model", "/nowhere"], 1, ["ModelError", "/nowhere", "does not exist"]),
+        (["--model", "/nowhere"], 3, ["ModelError", "/nowhere", "does not exist"]),
         (["--model", "ftp://x/y"], 2, ["'ftp'", "hf://org/name"]),
         (["--max-model-len", "513"], 2, ["513", "512"]),
         (["--api-key-file", "/nowhere"], 2, ["--api-key-file", "/nowhere"]),
