@@ -19,6 +19,7 @@ BUDGET: dict[str, tuple[int, str]] = {
     "operator/tilefleet_operator/autoscale.py": (290, "the formulas stand beside the code"),
     "operator/tilefleet_operator/desired.py": (340, "the pod, which is one long object"),
     "operator/tilefleet_operator/hardware.py": (270, "AMD's device table and three label forms"),
+    "worker/tilefleet_worker/attention/cpu.py": (290, "layouts, masks and tiles of one backend"),
     "worker/tilefleet_worker/config.py": (310, "each flag with its unit and reason"),
     "worker/tilefleet_worker/engine.py": (350, "the thread, its inbox and outbox, the counters"),
     "worker/tilefleet_worker/scheduler.py": (355, "admission, schedule and commit share one state"),

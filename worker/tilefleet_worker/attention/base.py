@@ -29,13 +29,30 @@ class AttentionBatch:
     slots: torch.Tensor  # int64 [tokens]: block_id * block_size + position in the block
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What the attention of one layer does: a model makes one for each kind of layer it has."""
+
+    scale: float
+    """Factor of the scores: softmax(scale · Q Kᵀ) V."""
+    window: int = 0
+    """Latest keys that a query sees, its own among them: key j if i - window < j ≤ i. 0: all."""
+    soft_cap: float = 0.0
+    """Scores become cap · tanh(score / cap) before the mask. 0: they stay."""
+
+
 class AttentionStep(Protocol):
     """One step's attention, prepared once and run for every layer."""
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        spec: AttentionSpec,
     ) -> torch.Tensor:
-        """Store keys and values, then attend causally to everything stored of each request.
+        """Store keys and values, then attend causally to what `spec` lets each query see.
 
         query [tokens, heads, head_dim]; key and value [tokens, kv_heads, head_dim]; cache
         [2, blocks, block_size, kv_heads, head_dim], written in place. Returns

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from tilefleet_worker.attention.base import AttentionStep
+from tilefleet_worker.attention.base import AttentionSpec, AttentionStep
 from tilefleet_worker.batch import Batch
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.layers import Linear, RMSNorm, Rotary, folded, interleave_halves
@@ -42,6 +42,7 @@ class Qwen3:
         self._norm = RMSNorm(config.rms_norm_eps)
         self._head = head  # normed hidden → vocabulary
         self._rotary = rotary
+        self._spec = AttentionSpec(scale=config.head_dim**-0.5)
 
     def forward(self, batch: Batch, attention: AttentionStep, cache: KVCache) -> torch.Tensor:
         """See Model.forward."""
@@ -66,7 +67,7 @@ class Qwen3:
         qk = self._norm(qkv[:, : -config.num_kv_heads]) * layer.qk_norm
         qk = Rotary.rotate(qk, rotations)
         query, key = qk[:, : config.num_heads], qk[:, config.num_heads :]
-        return layer.output(attention.forward(query, key, value, cache).flatten(1))
+        return layer.output(attention.forward(query, key, value, cache, self._spec).flatten(1))
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
         gate, up = layer.gate_up(self._norm(x)).chunk(2, 1)
