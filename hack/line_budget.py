@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # path under the repository → (cap, reason)
 BUDGET: dict[str, tuple[int, str]] = {
     "operator/tilefleet_operator/api.py": (
-        370,
+        390,
         "one model a spec section; texts of kubectl explain",
     ),
     "operator/tilefleet_operator/autoscale.py": (290, "the formulas stand beside the code"),
-    "operator/tilefleet_operator/desired.py": (340, "the pod, which is one long object"),
+    "operator/tilefleet_operator/desired.py": (350, "the pod, which is one long object"),
     "operator/tilefleet_operator/hardware.py": (270, "AMD's device table and three label forms"),
     "worker/tilefleet_worker/attention/cpu.py": (290, "layouts, masks and tiles of one backend"),
     "worker/tilefleet_worker/config.py": (310, "each flag with its unit and reason"),

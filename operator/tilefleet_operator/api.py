@@ -263,6 +263,9 @@ class Rollout(_Model):
         default=0, description="Replicas below the wanted number during a rollout."
     )
     drain: Drain = Field(default_factory=Drain, description="Finishing requests.")
+    revision_history_limit: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=10, description="Earlier revisions that are kept to go back to."
+    )
     progress_deadline: Duration = Field(
         default="15m",
         description="Longest time without another ready replica of the new revision; then the"

@@ -25,7 +25,7 @@ from tilefleet_operator.observed import (
     node_view,
     pod_view,
 )
-from tilefleet_operator.resources import DEPLOYMENTS, NODES, PODS, SERVICES
+from tilefleet_operator.resources import DEPLOYMENTS, NODES, PODS, REVISIONS, SERVICES
 
 Json = dict[str, Any]
 
@@ -58,6 +58,7 @@ class Cluster:
             (DEPLOYMENTS, ""),
             (PODS, LABEL_DEPLOYMENT),
             (SERVICES, LABEL_DEPLOYMENT),
+            (REVISIONS, LABEL_DEPLOYMENT),
             (NODES, ""),
         ):
             scopes = self.namespaces if resource.namespaced and self.namespaces else (None,)
@@ -71,7 +72,7 @@ class Cluster:
         """List the children of one key, and the object itself. Raises ApiError."""
         namespace, name = key
         selector = f"{LABEL_DEPLOYMENT}={name}"
-        for resource in (PODS, SERVICES):
+        for resource in (PODS, SERVICES, REVISIONS):
             found = await self.api.list(resource, namespace, label_selector=selector)
             self.cache.replace(resource.plural, found.items, found.resource_version, key=key)
         held = self.cache.get(PLURAL, namespace, name)
@@ -166,8 +167,6 @@ class Cluster:
         history: History,
     ) -> Snapshot:
         """Everything that is known of one fleet now. Reads the cache only."""
-        # A Service of that name counts whoever owns it: the plan must see that the name is taken.
-        service = self.cache.get(SERVICES.plural, deployment.namespace, deployment.name)
         # Only placement on devices looks at all nodes; the rest must stay cheap at 2 s a fleet.
         amd = deployment.spec.accelerator.vendor == "amd"
         pods = self.pods(deployment)
@@ -177,9 +176,19 @@ class Cluster:
             nodes=self.nodes() if amd else self._nodes_of(pods),
             device_use=self.device_use() if amd else {},
             stats=stats,
-            children={} if service is None else {("Service", deployment.name): service},
+            children=self._children(deployment),
             history=history,
         )
+
+    def _children(self, deployment: InferenceDeployment) -> dict[tuple[str, str], Json]:
+        key = (deployment.namespace, deployment.name)
+        found = {
+            (REVISIONS.kind, body["metadata"]["name"]): body
+            for body in self.cache.children(REVISIONS.plural, key)
+        }
+        # A Service of that name counts whoever owns it: the plan must see that the name is taken.
+        service = self.cache.get(SERVICES.plural, *key)
+        return found if service is None else {**found, (SERVICES.kind, deployment.name): service}
 
     def nodes(self) -> tuple[NodeView, ...]:
         """Every node, by name; the same tuple until one changes."""

@@ -36,7 +36,8 @@ class Facts:
 
     now: seconds since the epoch. wanted: replicas that ought to exist. needed: replicas that load
     asks for, before limits. fit: judgement of the AMD nodes, None on vendor cpu. progress: of the
-    rollout. conflict: why the Service cannot be written.
+    rollout. conflict: why the Service cannot be written. newer_image: the operator's default where
+    the replicas run an earlier one; else empty.
     """
 
     snapshot: Snapshot
@@ -47,6 +48,7 @@ class Facts:
     fit: Fit | None
     progress: Progress
     conflict: str = ""
+    newer_image: str = ""
 
 
 def conditions(facts: Facts) -> list[Condition]:
@@ -95,7 +97,11 @@ def _ready(facts: Facts) -> Condition:
 def _progressing(facts: Facts) -> Condition:
     kind, progress = "Progressing", facts.progress
     if not progress.rolling:
-        return Condition(kind, "False", "Complete", "all replicas have one revision")
+        message = "all replicas have one revision"
+        if facts.newer_image:
+            message += f"; the operator's default image is now {facts.newer_image}, which comes"
+            message += " with the next change of the spec"
+        return Condition(kind, "False", "Complete", message)
     message = f"{progress.updated} of {facts.wanted} replicas are ready with the new revision"
     spec = facts.snapshot.deployment.spec
     if spec.paused:

@@ -113,12 +113,7 @@ def pod(
     affinity = _node_affinity(terms, heir.avoid)
     if affinity:
         body["affinity"] = {"nodeAffinity": affinity}
-    labels = _serving(deployment) | {
-        LABEL_REVISION: revision,
-        "app.kubernetes.io/name": "tilefleet-worker",
-        "app.kubernetes.io/instance": deployment.name,
-        "app.kubernetes.io/managed-by": "tilefleet",
-    }
+    marks = _serving(deployment) | child_labels(deployment) | {LABEL_REVISION: revision}
     # A node autoscaler must not move a replica: only the operator drains before it deletes.
     annotations = {
         "karpenter.sh/do-not-disrupt": "true",
@@ -128,8 +123,13 @@ def pod(
         annotations[ANNOTATION_ATTEMPT] = str(heir.attempt)
     if heir.avoid:
         annotations[ANNOTATION_AVOID] = ",".join(heir.avoid)
-    metadata = _metadata(deployment, pod_name(deployment, slot, revision), labels, annotations)
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": body}
+    name = pod_name(deployment, slot, revision)
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": child_metadata(deployment, name, marks, annotations),
+        "spec": body,
+    }
 
 
 def _node_affinity(terms: list[dict[str, Any]], avoid: tuple[str, ...]) -> dict[str, Any]:
@@ -145,18 +145,22 @@ def _node_affinity(terms: list[dict[str, Any]], avoid: tuple[str, ...]) -> dict[
     return affinity
 
 
-def service(deployment: InferenceDeployment) -> dict[str, Any]:
-    """The Service that clients use; draining replicas leave it at once by their label."""
-    labels = {
+def child_labels(deployment: InferenceDeployment) -> dict[str, str]:
+    """Labels of every child."""
+    return {
         LABEL_DEPLOYMENT: deployment.name,
         "app.kubernetes.io/name": "tilefleet-worker",
         "app.kubernetes.io/instance": deployment.name,
         "app.kubernetes.io/managed-by": "tilefleet",
     }
+
+
+def service(deployment: InferenceDeployment) -> dict[str, Any]:
+    """The Service that clients use; draining replicas leave it at once by their label."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(deployment, deployment.name, labels, {}),
+        "metadata": child_metadata(deployment, deployment.name, child_labels(deployment), {}),
         "spec": {
             "type": "ClusterIP",
             "selector": _serving(deployment),
@@ -196,13 +200,17 @@ def _model_argument(uri: str) -> str:
     return f"file://{MODELS_PATH}/{uri.removeprefix('pvc://').partition('/')[2]}".rstrip("/")
 
 
+def image(deployment: InferenceDeployment, defaults: Defaults) -> str:
+    """The image of a replica."""
+    cpu = deployment.spec.accelerator.vendor == "cpu"
+    default = defaults.worker_cpu_image if cpu else defaults.worker_image
+    return deployment.spec.engine.image or default
+
+
 def _container(deployment: InferenceDeployment, defaults: Defaults) -> dict[str, Any]:
-    spec = deployment.spec
-    cpu = spec.accelerator.vendor == "cpu"
-    image = spec.engine.image or (defaults.worker_cpu_image if cpu else defaults.worker_image)
     container: dict[str, Any] = {
         "name": "worker",
-        "image": image,
+        "image": image(deployment, defaults),
         "args": worker_args(deployment, defaults),
         "env": _environment(deployment),
         "ports": [
@@ -312,9 +320,10 @@ def _serving(deployment: InferenceDeployment) -> dict[str, str]:
     }
 
 
-def _metadata(
+def child_metadata(
     deployment: InferenceDeployment, name: str, labels: dict[str, str], annotations: dict[str, str]
 ) -> dict[str, Any]:
+    """Metadata of a child, with the deployment as its controller."""
     owner = {
         "apiVersion": API_VERSION,
         "kind": KIND,

@@ -10,6 +10,7 @@ OperatorError
 │   ├── Unprocessable  422: the server's validation refused the object
 │   ├── TooManyRequests 429; carries retry_after_seconds
 │   └── Forbidden      403: RBAC, quota or an admission webhook
+├── RevisionNotFound   the user asked for a revision that is not recorded
 ├── ConfigInvalid      a flag, an environment value or a file given by the user
 └── LeaseLost          this process no longer holds the Lease and must write nothing more
 """
@@ -37,6 +38,10 @@ class SpecInvalid(OperatorError):
 
 class ObservationInvalid(OperatorError):
     """An observed object or document lacks a field, or holds a value outside its range."""
+
+
+class RevisionNotFound(OperatorError):
+    """The user asked for a revision that is not recorded; the message names those that are."""
 
 
 class ApiError(OperatorError):

@@ -52,6 +52,7 @@ class Shell:
         kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(self._deployment)
         kopf.on.event("v1", "pods", registry=registry)(self._pod)
         kopf.on.event("v1", "services", registry=registry)(self._service)
+        kopf.on.event("apps", "v1", "controllerrevisions", registry=registry)(self._revision)
         kopf.on.event("v1", "nodes", registry=registry)(self._node)
         return registry
 
@@ -77,6 +78,9 @@ class Shell:
 
     async def _service(self, event: Any, **_: Any) -> None:
         self._child("services", event)
+
+    async def _revision(self, event: Any, **_: Any) -> None:
+        self._child("controllerrevisions", event)
 
     async def _node(self, event: Any, **_: Any) -> None:
         """Heartbeats change a node's version, but not what placement reads of it."""
@@ -108,5 +112,6 @@ async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
     settings.watching.chunk_size = 500
     settings.watching.label_selectors["v1", "pods"] = LABEL_DEPLOYMENT
     settings.watching.label_selectors["v1", "services"] = LABEL_DEPLOYMENT
+    settings.watching.label_selectors["apps", "v1", "controllerrevisions"] = LABEL_DEPLOYMENT
     # These keep two kopf operators from fighting over one object, should a handler ever store.
     settings.persistence.finalizer = f"{GROUP}/operator"

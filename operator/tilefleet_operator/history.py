@@ -1,125 +1,177 @@
-"""The polls of one fleet, added up as they come, so that a decision never walks them again.
+"""Revisions: which one a spec is, the record of each, and the way back to one.
 
-A poll becomes one Frame of running totals; the answers themselves are kept only once, the newest of
-each replica. Knows no clock and no meaning of the numbers beyond growth and fullness.
+A record is a ControllerRevision (apps/v1) with the part of the spec that changes a pod and the
+image that was used. A spec is a recorded revision when both render the same pod, whatever version
+of the operator looks: so a new operator, or a new default image of it, restarts no replica. The
+new default image comes with the next change of the spec. Does not know which pods exist.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from tilefleet_operator.stats import MissingStats, Step, WorkerStats
+from pydantic import ValidationError
 
-# Longer than the longest scale-down window that the schema allows.
-HISTORY_SECONDS = 660.0
-STEPS_KEPT = 256
-STEPS_PER_SAMPLE = 8
-FULL_SHARE = 0.9
-# A request that waits this long met a full replica, not merely the step that was under way.
-FULL_WAIT_SECONDS = 0.5
-COUNTERS = (
-    "arrivals",
-    "prompt_tokens_computed",
-    "prompt_tokens_cached",
-    "generated_tokens",
-    "completions",
-    "aborts",
-)
-_Answers = Mapping[str, WorkerStats]
+from tilefleet_operator import desired
+from tilefleet_operator.actions import Apply, Delete
+from tilefleet_operator.api import InferenceDeployment, Spec
+from tilefleet_operator.desired import Defaults
+from tilefleet_operator.errors import RevisionNotFound
+from tilefleet_operator.observed import LABEL_REVISION, owner_uid
+
+REVISION_KIND = "ControllerRevision"
+# Paths in the spec that a pod is made from; tests/operator/test_history.py proves it for each
+# field of the spec.
+TEMPLATE_PATHS = (("model",), ("engine",), ("accelerator",), ("rollout", "drain"))
 
 
 @dataclass(frozen=True)
-class Frame:
-    """One poll. time: seconds since the epoch. replicas: number of answers.
+class Revision:
+    """One recorded revision.
 
-    totals: running totals over the fleet, from COUNTERS, and the requests `running` now; a pod's
-    restart or end never lowers a total. full_tokens, full_seconds: tokens made, and replica-seconds
-    spent, by replicas that were full at this poll and the one before.
+    name: eight hex digits, as in pod names. number: order in time, newest highest. spec: the
+    recorded part of the spec. image: that its pods run. created: RFC 3339. uid: of the record,
+    empty while it is not written.
     """
 
-    time: float
-    replicas: int
-    totals: Mapping[str, float]
-    full_tokens: float = 0.0
-    full_seconds: float = 0.0
+    name: str
+    number: int
+    spec: Mapping[str, Any]
+    image: str
+    created: str = ""
+    uid: str = ""
 
 
-@dataclass(frozen=True)
-class History:
-    """Polls of the last HISTORY_SECONDS, oldest first, and a thinned reservoir of steps.
+def revisions(
+    children: Mapping[tuple[str, str], Mapping[str, Any]], uid: str
+) -> tuple[Revision, ...]:
+    """The records of the deployment with this UID, oldest first; others are passed over."""
+    found = [
+        _revision(body)
+        for (kind, _), body in children.items()
+        if kind == REVISION_KIND and owner_uid(body.get("metadata") or {}) == uid
+    ]
+    return tuple(sorted(found, key=lambda one: (one.number, one.name)))
 
-    latest: pod UID → answer of the newest poll. known: pod UID → (time, answer) of the newest
-    answer ever, for HISTORY_SECONDS.
+
+def _revision(body: Mapping[str, Any]) -> Revision:
+    metadata, data = body["metadata"], body.get("data") or {}
+    return Revision(
+        name=(metadata.get("labels") or {}).get(LABEL_REVISION, ""),
+        number=int(body.get("revision") or 0),
+        spec=data.get("spec") or {},
+        image=str(data.get("image") or ""),
+        created=str(metadata.get("creationTimestamp") or ""),
+        uid=str(metadata.get("uid") or ""),
+    )
+
+
+def template(spec: Spec) -> dict[str, Any]:
+    """The part of a spec that its pods are made from, with defaults filled in."""
+    whole = spec.model_dump(mode="json", by_alias=True)
+    part: dict[str, Any] = {}
+    for path in TEMPLATE_PATHS:
+        source, target = whole, part
+        for key in path[:-1]:
+            source, target = source[key], target.setdefault(key, {})
+        target[path[-1]] = source[path[-1]]
+    return part
+
+
+def current(
+    deployment: InferenceDeployment, known: tuple[Revision, ...], defaults: Defaults
+) -> tuple[Revision, Defaults]:
+    """The revision that the spec asks for, recorded or new, and the defaults its pods run with."""
+    wanted = template(deployment.spec)
+    # Equal specs need no rendering: this is every plan but the first after a change.
+    for one in reversed(known):
+        if one.spec == wanted:
+            return one, _pinned(defaults, one)
+    for one in reversed(known):
+        if _renders_alike(deployment, one, defaults):
+            return one, _pinned(defaults, one)
+    name = desired.revision(deployment, defaults)
+    image = desired.image(deployment, defaults)
+    number = max((one.number for one in known), default=0) + 1
+    return Revision(name, number, wanted, image), defaults
+
+
+def _pinned(defaults: Defaults, one: Revision) -> Defaults:
+    return replace(defaults, worker_image=one.image, worker_cpu_image=one.image)
+
+
+def _renders_alike(deployment: InferenceDeployment, one: Revision, defaults: Defaults) -> bool:
+    try:
+        spec = Spec.model_validate({**one.spec})
+    except ValidationError:
+        return False  # recorded by another version, whose spec had other fields
+    # An image that the spec named and names no more gives way to the operator's default.
+    pinned = defaults if spec.engine.image else _pinned(defaults, one)
+    before = replace(deployment, spec=spec)
+    return desired.revision(before, pinned) == desired.revision(deployment, pinned)
+
+
+def record(
+    deployment: InferenceDeployment,
+    wanted: Revision,
+    known: tuple[Revision, ...],
+    in_use: Collection[str],
+) -> Iterator[Apply | Delete]:
+    """Write the wanted revision's record as the newest, delete those above the limit.
+
+    in_use: names of revisions whose records stay whatever their age.
     """
-
-    frames: tuple[Frame, ...] = ()
-    steps: tuple[Step, ...] = ()
-    latest: _Answers = field(default_factory=dict)
-    known: Mapping[str, tuple[float, WorkerStats]] = field(default_factory=dict)
-
-    def add(self, now: float, stats: Mapping[str, WorkerStats | MissingStats]) -> History:
-        """A new history with one more poll; missing answers leave a gap. Does not mutate."""
-        present = {
-            uid: sample for uid, sample in sorted(stats.items()) if isinstance(sample, WorkerStats)
-        }
-        fresh: list[Step] = []
-        for uid, sample in present.items():
-            fresh += _new_steps(self.latest.get(uid), sample)
-        latest = {uid: replace(sample, steps=()) for uid, sample in present.items()}
-        first = bisect_left(self.frames, now - HISTORY_SECONDS, key=lambda frame: frame.time)
-        kept = self.frames[first : bisect_left(self.frames, now, key=lambda frame: frame.time)]
-        known = {
-            uid: held for uid, held in self.known.items() if held[0] >= now - HISTORY_SECONDS
-        } | {uid: (now, sample) for uid, sample in latest.items()}
-        return History(
-            (*kept, self._frame(now, kept, latest)),
-            (*self.steps, *fresh)[-STEPS_KEPT:],
-            latest,
-            known,
-        )
-
-    def _frame(self, now: float, kept: tuple[Frame, ...], latest: _Answers) -> Frame:
-        last = self.frames[-1] if self.frames else None
-        start = kept[0].time if kept else now
-        totals = dict(last.totals) if last is not None else dict.fromkeys(COUNTERS, 0.0)
-        full_tokens = full_seconds = 0.0
-        for uid, sample in latest.items():
-            before = self.known[uid][1] if uid in self.known else None
-            # A new leader's first answer of an old process holds totals of hours: no load of now.
-            counted = before is not None or sample.uptime_seconds < now - start
-            for key in COUNTERS:
-                totals[key] += _growth(key, before, sample) if counted else 0.0
-            old = self.latest.get(uid)
-            if old is not None and last is not None and _full(old) and _full(sample):
-                keys = ("prompt_tokens_computed", "generated_tokens")
-                full_tokens += sum(_growth(key, old, sample) for key in keys)
-                full_seconds += now - last.time
-        totals["running"] = float(sum(sample.gauges.running for sample in latest.values()))
-        return Frame(now, len(latest), totals, full_tokens, full_seconds)
+    newest = known[-1] if known else None
+    if newest is None or newest.name != wanted.name:
+        number = newest.number + 1 if newest else 1
+        why = f"revision {wanted.name} is wanted from now on, as number {number}"
+        if wanted.uid:
+            why = f"revision {wanted.name} is wanted again, as number {number}"
+        yield Apply(_body(deployment, wanted, number), why)
+    limit = deployment.spec.rollout.revision_history_limit
+    spare = [one for one in known if one.name not in in_use and one.name != wanted.name]
+    for one in spare[: max(0, len(spare) - limit)]:
+        name = _record_name(deployment, one)
+        why = f"more than rollout.revisionHistoryLimit {limit} earlier revisions are recorded"
+        yield Delete(name, deployment.namespace, one.uid, why, kind=REVISION_KIND)
 
 
-def _growth(key: str, before: WorkerStats | None, sample: WorkerStats) -> float:
-    """Growth of a counter; all of it when the process is new or began anew."""
-    value = float(getattr(sample.counters, key))
-    old = float(getattr(before.counters, key)) if before is not None else 0.0
-    return value - old if value >= old else value
+def _record_name(deployment: InferenceDeployment, one: Revision) -> str:
+    return f"{deployment.name}-{one.name}"
 
 
-def _full(sample: WorkerStats) -> bool:
-    gauges = sample.gauges
-    limit = FULL_SHARE * gauges.max_concurrent if gauges.max_concurrent else math.inf
-    waits = gauges.waiting > 0 and gauges.oldest_wait_seconds > FULL_WAIT_SECONDS
-    return waits or gauges.running >= limit
+def _body(deployment: InferenceDeployment, one: Revision, number: int) -> dict[str, Any]:
+    """The record as an object. Kubernetes never lets its data change, but its number."""
+    labels = desired.child_labels(deployment) | {LABEL_REVISION: one.name}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": REVISION_KIND,
+        "metadata": desired.child_metadata(deployment, _record_name(deployment, one), labels, {}),
+        "data": {"spec": dict(one.spec), "image": one.image},
+        "revision": number,
+    }
 
 
-def _new_steps(before: WorkerStats | None, sample: WorkerStats) -> tuple[Step, ...]:
-    """Steps not seen in the poll before, thinned evenly to STEPS_PER_SAMPLE."""
-    count = sample.counters.steps
-    if before is not None and before.counters.steps <= count:
-        count -= before.counters.steps
-    fresh = sample.steps[-count:] if count > 0 else ()
-    stride = max(1, -(-len(fresh) // STEPS_PER_SAMPLE))
-    return fresh[::-1][::stride][::-1]
+def undo(known: tuple[Revision, ...], number: int = 0) -> list[dict[str, Any]]:
+    """The JSON patch (RFC 6902) of an InferenceDeployment that brings a recorded revision back.
+
+    number: of the revision; 0 means the one before the newest. The operator never applies it:
+    the spec is its user's. Raises RevisionNotFound, which names those that are recorded.
+    """
+    if number:
+        chosen = next((one for one in known if one.number == number), None)
+    else:
+        chosen = known[-2] if len(known) > 1 else None
+    if chosen is None:
+        have = ", ".join(str(one.number) for one in known) or "none"
+        what = f"revision {number} is not recorded" if number else "there is no earlier revision"
+        raise RevisionNotFound(f"{what}; recorded: {have}")
+    operations = []
+    for path in TEMPLATE_PATHS:
+        value: Any = chosen.spec
+        for key in path:
+            value = value[key]
+        operations.append({"op": "add", "path": "/spec/" + "/".join(path), "value": value})
+    return operations

@@ -13,7 +13,6 @@ from typing import Any
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.errors import ObservationInvalid
 from tilefleet_operator.hardware import NodeView, Taint
-from tilefleet_operator.history import Frame, History
 from tilefleet_operator.pods import (
     ACTIVE,
     ANNOTATION_ATTEMPT,
@@ -32,7 +31,9 @@ from tilefleet_operator.pods import (
 )
 from tilefleet_operator.stats import (
     Counters,
+    Frame,
     Gauges,
+    History,
     MissingStats,
     Step,
     WorkerStats,

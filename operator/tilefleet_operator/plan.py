@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tilefleet_operator import desired, hardware, status
+from tilefleet_operator import desired, hardware, history, status
 from tilefleet_operator.actions import Action, Apply, Delete, Drain, Plan
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.autoscale import Decision, Policy, decide
@@ -44,8 +44,9 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     deployment = snapshot.deployment
     if deployment.deleting:
         return Plan()
-    revision = desired.revision(deployment, defaults)
-    pods = fleet(snapshot, revision, now)
+    known = history.revisions(snapshot.children, deployment.uid)
+    revision, used = history.current(deployment, known, defaults)
+    pods = fleet(snapshot, revision.name, now)
     decision = _decide(snapshot, pods, now)
     fit = _fit(snapshot, pods)
     conflict = _conflict(snapshot)
@@ -58,21 +59,33 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
         step = moves(pods, decision.desired, snapshot, now, room)
         drained = list(finish(snapshot, pods, now))
         removals = list(leave(deployment, step.removals, now))
-        adding = list(_adding(deployment, pods, step, defaults))
-        actions = _ordered([*drained, *removals, *adding, *_service(snapshot, conflict)])
+        adding = list(_adding(deployment, pods, step, used))
+        in_use = {pod.revision for pod in snapshot.pods} | {rolled.current}
+        recording = history.record(deployment, revision, known, in_use)
+        wanted = [*drained, *removals, *recording, *adding, *_service(snapshot, conflict)]
+        actions = _ordered(wanted)
         draining = bool(pods.draining) or any(isinstance(a, Drain) for a in actions)
         waits += [step.wait_seconds, DRAIN_POLL_SECONDS if draining else None]
     waits.append(CONFLICT_RETRY_SECONDS if conflict else None)
+    default = desired.image(deployment, defaults)
     facts = Facts(
-        snapshot, now, pods, decision.desired, decision.recommended, fit, rolled, conflict
+        snapshot,
+        now,
+        pods,
+        decision.desired,
+        decision.recommended,
+        fit,
+        rolled,
+        conflict,
+        default if default != desired.image(deployment, used) else "",
     )
     report = _report(facts, decision)
     new = status.build(report, deployment.status, now)
     waits.append(status.telemetry_wait(report, deployment.status, now))
     changed = new if new != deployment.status else None
     events = tuple(transitions(deployment.status, new)) if changed is not None else ()
-    known = [wait for wait in waits if wait is not None]
-    return Plan(tuple(actions), changed, min(known, default=None), events)
+    ahead = [wait for wait in waits if wait is not None]
+    return Plan(tuple(actions), changed, min(ahead, default=None), events)
 
 
 def invalid(obj: Mapping[str, Any], problems: Sequence[str], now: float) -> Plan:

@@ -32,11 +32,12 @@ class Resource:
 DEPLOYMENTS = Resource(GROUP, VERSION, PLURAL, KIND)
 PODS = Resource("", "v1", "pods", "Pod")
 SERVICES = Resource("", "v1", "services", "Service")
+REVISIONS = Resource("apps", "v1", "controllerrevisions", "ControllerRevision")
 NODES = Resource("", "v1", "nodes", "Node", namespaced=False)
 LEASES = Resource("coordination.k8s.io", "v1", "leases", "Lease")
 EVENTS = Resource("", "v1", "events", "Event")
 
-BY_KIND = {resource.kind: resource for resource in (DEPLOYMENTS, PODS, SERVICES)}
+BY_KIND = {resource.kind: resource for resource in (DEPLOYMENTS, PODS, SERVICES, REVISIONS)}
 """What a plan may name."""
 
 

@@ -148,6 +148,7 @@ def _act(
 ) -> None:
     if isinstance(action, Delete):
         pods.pop(action.uid, None)
+        children.pop((action.kind, action.name), None)
     elif isinstance(action, Drain):
         pod = pods[action.uid]
         labels = {**pod.labels, **action.body["metadata"]["labels"]}
@@ -157,7 +158,8 @@ def _act(
         metadata = {**action.body["metadata"], "uid": uid, "creationTimestamp": rfc3339(now)}
         pods[uid] = pod_view({**action.body, "metadata": metadata})
     else:
-        children[(action.kind, action.name)] = action.body
+        metadata = {**action.body["metadata"], "uid": f"uid-{action.kind}-{action.name}"}
+        children[action.kind, action.name] = {**action.body, "metadata": metadata}
 
 
 def _schedule(snapshot: Snapshot, pods: tuple[PodView, ...]) -> tuple[PodView, ...]:

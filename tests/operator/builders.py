@@ -5,8 +5,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from tilefleet_operator import history as records
+from tilefleet_operator.actions import Apply
 from tilefleet_operator.api import API_VERSION, KIND, InferenceDeployment, parse
-from tilefleet_operator.desired import Defaults
+from tilefleet_operator.desired import Defaults, service
 from tilefleet_operator.observed import (
     Counters,
     Gauges,
@@ -145,6 +147,24 @@ def snapshot(
 ) -> Snapshot:
     """A snapshot without nodes or children unless given."""
     return Snapshot(deployment=of, pods=pods, stats=answers or {}, **changes)
+
+
+def record(of: InferenceDeployment, number: int = 1) -> dict[str, Any]:
+    """The written record of the deployment's revision, as its only one."""
+    wanted, _ = records.current(of, (), DEFAULTS)
+    (action,) = records.record(of, wanted, (), ())
+    assert isinstance(action, Apply)
+    metadata = {**action.body["metadata"], "uid": f"uid-record-{action.name}"}
+    return {**action.body, "metadata": metadata, "revision": number}
+
+
+def children(of: InferenceDeployment) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every child but the pods, as it ought to be."""
+    written = record(of)
+    return {
+        ("Service", of.name): service(of),
+        ("ControllerRevision", written["metadata"]["name"]): written,
+    }
 
 
 def history(*frames: tuple[float, dict[str, WorkerStats]]) -> History:

@@ -51,7 +51,7 @@ async def test_a_deployment_marks_itself(harness: Harness) -> None:
     assert len(harness.dirty) == 2
 
 
-@pytest.mark.parametrize("kind", ["pod", "service"])
+@pytest.mark.parametrize("kind", ["pod", "service", "revision"])
 async def test_a_child_marks_its_owner(harness: Harness, kind: str) -> None:
     labels = {"tilefleet.io/deployment": "llm"}
     metadata = {"name": "x", "namespace": "team", "uid": "u", "labels": labels}
@@ -103,7 +103,7 @@ async def test_kopf_stores_posts_and_scans_nothing() -> None:
 async def test_only_event_handlers_are_registered(harness: Harness) -> None:
     """Any other kind of handler would write annotations or finalizers."""
     registry = harness.shell.registry()
-    assert len(registry._watching.get_all_handlers()) == 4
+    assert len(registry._watching.get_all_handlers()) == 5
     for others in (registry._changing, registry._spawning, registry._indexing):
         assert list(others.get_all_handlers()) == []
 

@@ -187,6 +187,7 @@ def test_granted_verbs_are_exactly_these() -> None:
     assert granted() == {
         "nodes": {"list", "watch"},
         "inferencedeployments": read,
+        "controllerrevisions": read | {"create", "patch", "delete"},
         "inferencedeployments/status": {"patch"},
         "inferencedeployments/finalizers": {"update"},
         "pods": {"list", "watch", "create", "patch", "delete"},

@@ -1,120 +1,234 @@
-"""History.add(): its running sums equal a walk over all polls, whatever replicas did meanwhile."""
+"""Revisions: which spec is which, what is recorded, what restarts nothing, the way back."""
 
+import copy
 from dataclasses import replace
-from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.operator.builders import NOW, stats
-from tilefleet_operator.history import HISTORY_SECONDS, History
-from tilefleet_operator.load import saturated_capacity, series
-from tilefleet_operator.observed import WorkerStats
+from tests.operator import builders
+from tests.operator.builders import DEFAULTS, NOW, children, document, manual, pod, snapshot
+from tests.operator.test_rollout import condition, fleet_of, rolled
+from tilefleet_operator import desired
+from tilefleet_operator.actions import Apply, Delete
+from tilefleet_operator.api import InferenceDeployment, Spec, parse
+from tilefleet_operator.desired import Defaults, revision
+from tilefleet_operator.errors import RevisionNotFound
+from tilefleet_operator.history import (
+    REVISION_KIND,
+    TEMPLATE_PATHS,
+    Revision,
+    current,
+    record,
+    revisions,
+    template,
+    undo,
+)
+from tilefleet_operator.plan import plan
 
-Polls = list[tuple[float, dict[str, WorkerStats]]]
-
-
-@st.composite
-def polls(draw: st.DrawFn) -> Polls:
-    """Up to 40 polls of up to three replicas that grow, restart, fall silent and come back."""
-    totals: dict[str, tuple[float, int, int]] = {}  # process start, arrivals, tokens
-    now, found = 0.0, []
-    for _ in range(draw(st.integers(1, 40))):
-        now += draw(st.sampled_from([2.0, 2.0, 2.0, 7.5, 300.0]))
-        answers = {}
-        for uid in ("a", "b", "c"):
-            what = draw(st.sampled_from(["grow", "grow", "grow", "silent", "restart", "full"]))
-            began, arrivals, tokens = totals.get(uid, (-1000.0, 100, 5000))
-            if what == "restart":
-                began, arrivals, tokens = now - 1.0, 0, 0
-            arrivals += draw(st.integers(0, 9))
-            tokens += draw(st.integers(0, 400))
-            totals[uid] = (began, arrivals, tokens)
-            if what == "silent":
-                continue
-            full = {"waiting": 3, "oldest_wait_seconds": 2.0} if what == "full" else {}
-            answers[uid] = stats(
-                arrivals=arrivals, generated_tokens=tokens, uptime_seconds=now - began,
-                running=draw(st.integers(0, 4)), max_concurrent=4, **full,
-            )  # fmt: skip
-        found.append((NOW + now, answers))
-    return found
+NEWER = Defaults(worker_image="rocm:2", worker_cpu_image="cpu:2")
 
 
-def walked_arrivals(walk: Polls) -> float:
-    """Arrivals over all polls, counted from scratch; a process older than the view starts at its
-    first total."""
-    total, seen = 0.0, dict[str, tuple[float, WorkerStats]]()
-    for number, (now, answers) in enumerate(walk):
-        window = [time for time, _ in walk[:number] if time >= now - HISTORY_SECONDS]
-        start = min(window, default=now)
-        for uid, sample in answers.items():
-            held = seen.get(uid)
-            known = held is not None and held[0] >= now - HISTORY_SECONDS
-            before = held[1].counters.arrivals if held is not None and known else 0
-            if known or sample.uptime_seconds < now - start:
-                value = sample.counters.arrivals
-                total += value - before if value >= before else value
-            seen[uid] = (now, sample)
-        seen = {uid: held for uid, held in seen.items() if held[0] >= now - HISTORY_SECONDS}
-    return total
+def written(of: InferenceDeployment, number: int = 1, defaults: Defaults = DEFAULTS) -> Revision:
+    """The record of a spec as it is read back."""
+    wanted, _ = current(of, (), defaults)
+    return replace(wanted, number=number, uid=f"uid-{number}")
 
 
-def walked_capacity(walk: Polls, now: float) -> float | None:
-    """Mean tokens per second of full replicas, by a walk over all pairs of polls."""
-    tokens = time = evidence = 0.0
-    for (then, before), (later, after) in pairwise(walk):
-        age = now - later
-        if age > 120:
-            continue
-        for uid, sample in after.items():
-            old = before.get(uid)
-            full = [s for s in (old, sample) if s is not None and (
-                s.gauges.waiting or s.gauges.running >= 0.9 * 4)]  # fmt: skip
-            if old is None or len(full) < 2:
-                continue
-            value = sample.counters.generated_tokens
-            growth = value - old.counters.generated_tokens
-            weight = 0.5 ** (age / 30)
-            tokens += weight * (growth if growth >= 0 else value)
-            time += weight * (later - then)
-            evidence += later - then
-    return tokens / time if evidence >= 4 and tokens > 0 else None
+def changed(tokens: int, **more: Any) -> InferenceDeployment:
+    return manual(1, engine={"maxBatchTokens": tokens}, **more)
 
 
-@settings(deadline=None, max_examples=40)
-@given(polls())
-def test_running_sums_equal_a_walk_over_all_polls(walk: Polls) -> None:
-    history = History()
-    for number, (now, answers) in enumerate(walk, 1):
-        history = history.add(now, answers)
-        assert history.frames[-1].totals["arrivals"] == walked_arrivals(walk[:number])
-        capacity = walked_capacity(walk[:number], now)
-        found = saturated_capacity(history, now)
-        assert (found is None) == (capacity is None)
-        assert found is None or found == pytest.approx(capacity)
-        assert history.frames[0].time >= now - HISTORY_SECONDS
-        assert history.latest.keys() == answers.keys()
+# A value other than the default for each field of the spec, by its path.
+EDITS: dict[str, Any] = {
+    "model.uri": "file:///models/other",
+    "model.name": "other",
+    "model.secretRef.name": "hf",
+    "model.secretRef.key": "k",
+    "model.maxModelLen": 512,
+    "engine.image": "x/y:1",
+    "engine.args": ["--seed", "1"],
+    "engine.kvCache.memory": "1Gi",
+    "engine.kvCache.blockSize": 32,
+    "engine.kvCache.prefixCaching": False,
+    "engine.maxBatchTokens": 64,
+    "engine.maxConcurrent": 3,
+    "engine.resources.cpu": "3",
+    "engine.resources.memory": "3Gi",
+    "accelerator.nodeSelector": {"a": "b"},
+    "accelerator.tolerations": [{"key": "t", "operator": "Exists"}],
+    "accelerator.vendor": "amd",
+    "replicas": 3,
+    "autoscaling.maxReplicas": 9,
+    "rollout.maxSurge": 2,
+    "rollout.maxUnavailable": 1,
+    "rollout.progressDeadline": "1m",
+    "rollout.revisionHistoryLimit": 3,
+    "rollout.drain.timeout": "7s",
+    "paused": True,
+}
 
 
-@settings(deadline=None)
-@given(polls())
-def test_totals_never_fall(walk: Polls) -> None:
-    history = History()
-    for now, answers in walk:
-        history = history.add(now, answers)
-    for before, after in pairwise(series(history).totals):
-        assert all(after[key] >= before[key] for key in before if key != "running")
+def edited(edits: dict[str, Any]) -> InferenceDeployment:
+    body = document()
+    for path, value in edits.items():
+        node = body["spec"]
+        *above, last = path.split(".")
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = copy.deepcopy(value)
+    return parse(body)
 
 
-def test_answers_of_replicas_that_are_gone_are_not_kept_for_ever() -> None:
-    history = History().add(NOW, {"a": stats()})
-    history = history.add(NOW + HISTORY_SECONDS + 1, {"b": stats()})
-    assert list(history.known) == ["b"]
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.sampled_from(sorted(EDITS)), max_size=4), st.sampled_from(sorted(EDITS)))
+def test_whatever_changes_a_pod_is_recorded_and_a_new_revision(base: set[str], more: str) -> None:
+    """Equal pods: equal revision. Different pods: another revision, and a different record."""
+    before = edited({path: EDITS[path] for path in base})
+    after = edited({path: EDITS[path] for path in {*base, more}})
+    same_pods = desired.pod(before, 0, "r", DEFAULTS) == desired.pod(after, 0, "r", DEFAULTS)
+    known = (written(before),)
+    wanted, _ = current(after, known, DEFAULTS)
+    assert (wanted.name == known[0].name) == same_pods
+    if not same_pods:
+        assert template(before.spec) != template(after.spec)
+        # and what is recorded is enough to make the same pod again
+        back = replace(after, spec=Spec.model_validate(dict(known[0].spec)))
+        assert desired.revision(back, DEFAULTS) == desired.revision(before, DEFAULTS)
 
 
-def test_steps_of_an_answer_are_not_kept_with_it() -> None:
-    sample = replace(stats(), steps=())
-    history = History().add(NOW, {"a": sample})
-    assert history.latest["a"].steps == ()
+def test_every_field_that_changes_a_pod_lies_on_a_recorded_path() -> None:
+    for path, value in EDITS.items():
+        changes = revision(edited({path: value}), DEFAULTS) != revision(edited({}), DEFAULTS)
+        recorded = any(path.startswith(".".join(parts)) for parts in TEMPLATE_PATHS)
+        assert recorded or not changes, path
+
+
+def test_new_default_image_restarts_nothing_and_comes_with_the_next_change() -> None:
+    of = manual(2)
+    name = revision(of, DEFAULTS)
+    pods = tuple(pod(f"llm-{name}-{slot}", name) for slot in range(2))
+    found = snapshot(replace(of, status={"currentRevision": name}), pods, children=children(of))
+    after = plan(found, NEWER, NOW)
+    assert after.actions == ()
+    assert after.status is not None
+    said = condition(after.status, "Progressing")
+    assert said["reason"] == "Complete"
+    assert "cpu:2, which comes with the next change of the spec" in said["message"]
+    # one replica more is like its siblings
+    grown = plan(replace(found, deployment=manual(3)), NEWER, NOW)
+    (added,) = [a for a in grown.actions if isinstance(a, Apply)]
+    assert added.body["spec"]["containers"][0]["image"] == "cpu:1"
+    # a change brings the new image
+    other = plan(replace(found, deployment=replace(changed(64), status=of.status)), NEWER, NOW)
+    made = next(a for a in other.actions if isinstance(a, Apply) and a.kind == "Pod")
+    assert made.body["spec"]["containers"][0]["image"] == "cpu:2"
+
+
+def test_image_taken_out_of_the_spec_gives_way_to_the_default() -> None:
+    named, plain = manual(1, engine={"image": "x/y:1"}), manual(1)
+    known = (written(named),)
+    assert current(plain, known, DEFAULTS)[0].image == "cpu:1"
+    same = (written(manual(1, engine={"image": "cpu:1"})),)
+    assert current(plain, same, DEFAULTS)[0].name == same[0].name, "the pods are equal"
+
+
+def test_operator_that_renders_pods_otherwise_restarts_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The name of a revision is what it was when it began, whatever a later version renders."""
+    of = manual(1)
+    known = (written(of),)
+    monkeypatch.setattr(desired, "REMOVAL_DELAY_SECONDS", 9)
+    assert desired.revision(of, DEFAULTS) != known[0].name
+    assert current(of, known, DEFAULTS)[0].name == known[0].name
+    # also when the record lacks a field that a later version knows
+    spec = copy.deepcopy(dict(known[0].spec))
+    del spec["engine"]["maxConcurrent"]
+    older = (replace(known[0], spec=spec),)
+    assert current(of, older, DEFAULTS)[0].name == known[0].name
+
+
+def test_record_that_this_version_cannot_read_is_passed_over() -> None:
+    of = manual(1)
+    strange = Revision("0badf00d", 4, {"engine": {"turbo": True}}, "x", uid="u")
+    wanted, used = current(of, (strange,), DEFAULTS)
+    assert (wanted.name, wanted.number, used) == (revision(of, DEFAULTS), 5, DEFAULTS)
+
+
+def test_only_our_own_records_are_read_in_the_order_of_their_numbers() -> None:
+    a, b = builders.record(changed(1), 7), builders.record(changed(2), 3)
+    foreign = builders.record(replace(changed(3), uid="other"), 9)
+    found = {("ControllerRevision", str(i)): one for i, one in enumerate((a, b, foreign))}
+    found["Service", "llm"] = {"metadata": {}}
+    assert [one.number for one in revisions(found, "cr-uid")] == [3, 7]
+
+
+def test_a_revision_wanted_again_becomes_the_newest_under_its_name() -> None:
+    first, second = written(changed(1), 1), written(changed(2), 2)
+    of = changed(1)
+    wanted, _ = current(of, (first, second), DEFAULTS)
+    (again,) = record(of, wanted, (first, second), ())
+    assert isinstance(again, Apply)
+    assert again.body["metadata"]["name"] == f"llm-{first.name}"
+    assert (again.body["revision"], again.body["data"]["spec"]) == (3, first.spec)
+    assert "wanted again" in again.why
+
+
+def test_records_above_the_limit_go_oldest_first_but_not_those_in_use() -> None:
+    known = tuple(written(changed(n), n) for n in range(1, 6))
+    of = changed(5, rollout={"revisionHistoryLimit": 2})
+    gone = list(record(of, known[-1], known, {known[0].name}))
+    assert [(type(a), a.kind, a.name) for a in gone] == [
+        (Delete, REVISION_KIND, f"llm-{known[1].name}")
+    ]
+    none = changed(5, rollout={"revisionHistoryLimit": 0})
+    assert len(list(record(none, known[-1], known, ()))) == 4
+    assert list(record(changed(5), known[-1], known, ())) == []
+
+
+def test_undo_is_a_patch_that_brings_the_recorded_pods_back() -> None:
+    first, second, third = (written(changed(n), n) for n in (1, 2, 3))
+    known = (first, second, third)
+    for number, expected in ((0, second), (1, first), (3, third)):
+        body = document(replicas=4, engine={"maxBatchTokens": 3}, rollout={"maxSurge": 2})
+        body["spec"]["autoscaling"] = {"mode": "Manual"}
+        for operation in undo(known, number):
+            assert operation["op"] == "add"
+            *above, last = operation["path"].removeprefix("/spec/").split("/")
+            node = body["spec"]
+            for key in above:
+                node = node[key]
+            node[last] = operation["value"]
+        back = parse(body)
+        assert current(back, known, DEFAULTS)[0].name == expected.name
+        assert (back.spec.replicas, back.spec.rollout.max_surge) == (4, 2)
+
+
+def test_undo_without_that_revision_names_those_that_are_there() -> None:
+    known = (written(changed(1), 4),)
+    with pytest.raises(RevisionNotFound, match="revision 9 is not recorded; recorded: 4"):
+        undo(known, 9)
+    with pytest.raises(RevisionNotFound, match="there is no earlier revision; recorded: 4"):
+        undo(known)
+    with pytest.raises(RevisionNotFound, match="recorded: none"):
+        undo(())
+
+
+def test_simulated_changes_leave_as_many_records_as_the_limit_and_the_present_one() -> None:
+    found = fleet_of(changed(1))
+    for tokens in range(2, 7):
+        of = changed(tokens, rollout={"revisionHistoryLimit": 2})
+        found = replace(found, deployment=replace(of, status=found.deployment.status))
+        _, steps = rolled(found, start_seconds=1, drain_seconds=1)
+        found = steps[-1][0].snapshot
+    numbers = [one.number for one in revisions(found.children, "cr-uid")]
+    assert numbers == [4, 5, 6]
+    assert found.deployment.status["currentRevision"] == revision(found.deployment, DEFAULTS)
+
+
+def test_paused_object_records_nothing() -> None:
+    of = changed(1, paused=True)
+    assert plan(snapshot(of, children={}), DEFAULTS, NOW).actions == ()

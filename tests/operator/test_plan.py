@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.operator import builders
-from tests.operator.builders import DEFAULTS, NOW, deployment, manual, pod, snapshot, stats
+from tests.operator.builders import (
+    DEFAULTS,
+    NOW,
+    children,
+    deployment,
+    manual,
+    pod,
+    snapshot,
+    stats,
+)
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.desired import revision, service
 from tilefleet_operator.failures import FAILED_BACKOFF_SECONDS
@@ -24,7 +33,7 @@ def converged(of: InferenceDeployment, count: int) -> Snapshot:
         of,
         pods,
         {p.uid: stats() for p in pods},
-        children={("Service", "llm"): service(of)},
+        children=children(of),
     )
     first = plan(found, DEFAULTS, NOW)
     assert first.actions == ()
@@ -36,10 +45,11 @@ def kinds(found: Snapshot, now: float = NOW) -> list[tuple[str, str]]:
     return [(type(a).__name__, a.name) for a in plan(found, DEFAULTS, now).actions]
 
 
-def test_first_plan_creates_every_pod_and_the_service() -> None:
+def test_first_plan_creates_every_pod_the_record_and_the_service() -> None:
     of = manual(2)
     new = revision(of, DEFAULTS)
     assert kinds(snapshot(of)) == [
+        ("Apply", f"llm-{new}"),
         ("Apply", f"llm-{new}-0"),
         ("Apply", f"llm-{new}-1"),
         ("Apply", "llm"),
@@ -57,7 +67,7 @@ def test_deleted_pod_is_replaced_under_another_name_while_it_dies() -> None:
     of = manual(1)
     new = revision(of, DEFAULTS)
     dying = pod(f"llm-{new}-0", new, terminating=True, ready=False)
-    found = snapshot(of, (dying,), children={("Service", "llm"): service(of)})
+    found = snapshot(of, (dying,), children=children(of))
     assert kinds(found) == [("Apply", f"llm-{new}-1")]
 
 
@@ -66,7 +76,7 @@ def test_surplus_drains_first_and_is_deleted_when_no_request_is_left() -> None:
     new = revision(of, DEFAULTS)
     busy, idle = pod(f"llm-{new}-0", new), pod(f"llm-{new}-1", new)
     answers = {busy.uid: stats(running=5), idle.uid: stats(running=1)}
-    found = snapshot(of, (busy, idle), answers, children={("Service", "llm"): service(of)})
+    found = snapshot(of, (busy, idle), answers, children=children(of))
     (drain,) = plan(found, DEFAULTS, NOW).actions
     assert isinstance(drain, Drain)
     assert (drain.name, drain.uid, drain.ip) == (idle.name, idle.uid, idle.ip)
@@ -96,7 +106,7 @@ def test_surplus_that_is_not_ready_goes_at_once_and_first() -> None:
     of = manual(1)
     new = revision(of, DEFAULTS)
     ready, pending = pod(f"llm-{new}-0", new), pod(f"llm-{new}-1", new, ready=False)
-    found = snapshot(of, (ready, pending), children={("Service", "llm"): service(of)})
+    found = snapshot(of, (ready, pending), children=children(of))
     assert kinds(found) == [("Delete", pending.name)]
 
 
@@ -104,7 +114,7 @@ def test_finished_pod_is_replaced_but_not_faster_than_the_backoff() -> None:
     of = manual(1)
     new = revision(of, DEFAULTS)
     evicted = pod(f"llm-{new}-0", new, phase="Failed", ready=False, reason="Evicted", created=NOW)
-    found = snapshot(of, (evicted,), children={("Service", "llm"): service(of)})
+    found = snapshot(of, (evicted,), children=children(of))
     waiting = plan(found, DEFAULTS, NOW + 1)
     assert waiting.actions == ()
     assert waiting.requeue_after == pytest.approx(FAILED_BACKOFF_SECONDS - 1)
@@ -135,7 +145,9 @@ def test_foreign_pods_and_services_are_never_touched() -> None:
     new = revision(of, DEFAULTS)
     foreign = pod(f"llm-{new}-0", new, owner_uid="other")
     service_of_other = service(replace(of, uid="other"))
-    found = snapshot(of, (foreign,), children={("Service", "llm"): service_of_other})
+    found = snapshot(
+        of, (foreign,), children={**children(of), ("Service", "llm"): service_of_other}
+    )
     result = plan(found, DEFAULTS, NOW)
     assert [(type(a).__name__, a.name) for a in result.actions] == [("Apply", f"llm-{new}-1")]
     assert result.status is not None
@@ -149,11 +161,14 @@ def test_service_that_was_edited_is_put_right() -> None:
     found = converged(manual(1), 1)
     edited = service(found.deployment)
     edited["spec"]["selector"] = {"app": "else"}
-    assert kinds(replace(found, children={("Service", "llm"): edited})) == [("Apply", "llm")]
+    others = children(found.deployment)
+    assert kinds(replace(found, children={**others, ("Service", "llm"): edited})) == [
+        ("Apply", "llm")
+    ]
     served = service(found.deployment)
     served["spec"]["clusterIP"] = "10.0.0.1"
     served["spec"]["ports"][0]["nodePort"] = 30000
-    assert kinds(replace(found, children={("Service", "llm"): served})) == []
+    assert kinds(replace(found, children={**others, ("Service", "llm"): served})) == []
 
 
 def test_actions_are_ordered_drain_delete_apply() -> None:
@@ -170,7 +185,7 @@ def test_rollout_sequence_with_surge_one() -> None:
     of = manual(3)
     pods = tuple(pod(f"llm-old-{slot}", "old") for slot in range(3))
     new = revision(of, DEFAULTS)
-    found = snapshot(of, pods, children={("Service", "llm"): service(of)})
+    found = snapshot(of, pods, children=children(of))
     steps = simulate(found, DEFAULTS, NOW, start_seconds=5, drain_seconds=3)
     flat = [[(type(a).__name__, a.name) for a in step.actions] for step in steps]
     assert flat == [
@@ -187,7 +202,7 @@ def test_rollout_sequence_with_surge_one() -> None:
 def test_rollout_that_never_becomes_ready_keeps_the_old_pods() -> None:
     of = manual(2)
     pods = tuple(pod(f"llm-old-{slot}", "old") for slot in range(2))
-    found = snapshot(of, pods, children={("Service", "llm"): service(of)})
+    found = snapshot(of, pods, children=children(of))
     last, _ = trace(World(found, NOW), DEFAULTS, start_seconds=10_000, limit=100)[-1]
     assert sorted(p.name for p in last.snapshot.pods if p.ready) == ["llm-old-0", "llm-old-1"]
     assert len(last.snapshot.pods) == 3

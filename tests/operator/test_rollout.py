@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.operator.builders import DEFAULTS, NOW, amd, manual, pod, snapshot
+from tests.operator.builders import DEFAULTS, NOW, amd, children, manual, pod, snapshot
 from tests.operator.test_hardware import node
 from tilefleet_operator.api import InferenceDeployment
-from tilefleet_operator.desired import revision, service
+from tilefleet_operator.desired import revision
 from tilefleet_operator.moves import SURGE_PATIENCE_SECONDS
 from tilefleet_operator.observed import PodView, Snapshot
 from tilefleet_operator.plan import Apply, Delete, Drain, Plan, plan
@@ -21,7 +21,7 @@ MARKS = {Apply: "+", Drain: "~", Delete: "-"}
 def fleet_of(of: InferenceDeployment, pods: Sequence[PodView] = (), **changes: Any) -> Snapshot:
     """A fleet whose Service exists and whose revision `old` was everywhere."""
     known = replace(of, status={"currentRevision": "old", **of.status})
-    return snapshot(known, tuple(pods), children={("Service", "llm"): service(of)}, **changes)
+    return snapshot(known, tuple(pods), children=children(of), **changes)
 
 
 def old_pods(count: int, **changes: Any) -> tuple[PodView, ...]:

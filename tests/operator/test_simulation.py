@@ -9,7 +9,12 @@ from tilefleet_operator.simulation import World, simulate, trace
 
 def test_new_fleet_is_one_step() -> None:
     (only,) = simulate(snapshot(manual(2)), DEFAULTS, NOW)
-    assert [action.kind for action in only.actions] == ["Pod", "Pod", "Service"]
+    assert [action.kind for action in only.actions] == [
+        "ControllerRevision",
+        "Pod",
+        "Pod",
+        "Service",
+    ]
 
 
 def test_third_gpu_replica_stays_pending_and_is_explained() -> None:

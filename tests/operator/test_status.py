@@ -6,11 +6,21 @@ from typing import Any
 
 import pytest
 
-from tests.operator.builders import DEFAULTS, NOW, amd, deployment, manual, pod, snapshot, stats
+from tests.operator.builders import (
+    DEFAULTS,
+    NOW,
+    amd,
+    children,
+    deployment,
+    manual,
+    pod,
+    snapshot,
+    stats,
+)
 from tests.operator.test_hardware import node
 from tilefleet_operator.conditions import TYPES
 from tilefleet_operator.crd import crd
-from tilefleet_operator.desired import revision, service
+from tilefleet_operator.desired import revision
 from tilefleet_operator.observed import MissingStats, Snapshot
 from tilefleet_operator.plan import plan
 from tilefleet_operator.status import (
@@ -315,7 +325,7 @@ def test_status_fits_the_schema_of_the_crd() -> None:
     of = amd(1)
     new = revision(of, DEFAULTS)
     here = pod(f"llm-{new}-0", new)
-    child = {("Service", "llm"): service(of)}
+    child = children(of)
     status = plan(snapshot(of, (here,), {here.uid: stats()}, children=child), DEFAULTS, NOW).status
     assert status is not None
     full = build(report(telemetry=measured(50)), status, NOW + 60)
