@@ -7,7 +7,7 @@ import helm_python as helm
 import pytest
 import yaml
 
-from tilefleet_operator import cli
+from tilefleet_operator.cli import tilefleet as cli
 
 CHART = Path(__file__).parents[2] / "helm" / "tilefleet"
 
