@@ -15,7 +15,7 @@ from tilefleet_worker.batch import Batch
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.model_config import ModelConfig
-from tilefleet_worker.request import Request, SamplingParams
+from tilefleet_worker.request import Request, SamplingParams, TokenLogprob
 from tilefleet_worker.runner import Runner
 from tilefleet_worker.sampler import sample
 from tilefleet_worker.scheduler import Scheduler
@@ -271,3 +271,27 @@ def test_what_a_faulty_request_left_in_a_block_reaches_nobody(folder: Path) -> N
     assert "not finite" in result.faults["bad"]
     assert set(result.tokens) == {"good"}
     assert runner.logits(StepPlan.of([row])).equal(clean)
+
+
+def test_scores_of_a_prompt_are_those_of_transformers(folder: Path) -> None:
+    """In chunks, next to another request: each log probability, and so each rank, is the same."""
+    config, model = load(folder)
+    runner = Runner(model, KVCache(config, 64, BLOCK), attention.create("cpu", config))
+    pool = BlockPool(64, BLOCK)
+    scheduler = Scheduler(pool, 40, 8, config.max_positions, vocab_size=config.vocab_size)
+    prompt = prompts(config.vocab_size)["r10"]
+    params = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=3)
+    scheduler.add(Request("other", prompt[:50], SamplingParams(max_tokens=30), 0.0))
+    scheduler.add(Request("scored", prompt, params, 0.0))
+    found: list[TokenLogprob] = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        for delta in scheduler.commit(plan, runner.run(plan)):
+            found.extend(delta.prompt_logprobs)
+    theirs = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = torch.log_softmax(theirs(torch.tensor([prompt])).logits[0].double(), dim=-1)
+    assert [score.token_id for score in found] == prompt[1:]
+    for place, score in enumerate(found):
+        assert abs(score.logprob - float(expected[place, score.token_id])) < 1e-3
+        assert abs(score.top[0][1] - float(expected[place].max())) < 1e-3

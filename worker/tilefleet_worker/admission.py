@@ -28,11 +28,17 @@ class Limits:
         lowest, highest = min(prompt), max(prompt)
         if lowest < 0 or highest >= self.vocab_size:
             bad = lowest if lowest < 0 else highest
-            message = f"Token id {bad} is not in the vocabulary of {self.vocab_size} tokens."
-            return Refusal(400, "invalid_token_id", message, "prompt")
+            return self._unknown_token(bad, "prompt")
+        for token_id in request.params.token_ids:
+            if not 0 <= token_id < self.vocab_size:
+                return self._unknown_token(token_id, None)
         if request.max_total_tokens <= self.max_total_tokens:
             return None
         return Refusal(400, "context_length_exceeded", self._too_long(request), "max_tokens")
+
+    def _unknown_token(self, token_id: int, param: str | None) -> Refusal:
+        message = f"Token id {token_id} is not in the vocabulary of {self.vocab_size} tokens."
+        return Refusal(400, "invalid_token_id", message, param)
 
     def _too_long(self, request: Request) -> str:
         cause = (

@@ -17,7 +17,8 @@ class Batch:
     positions: torch.Tensor  # int64 [tokens]
     attention: AttentionBatch
     sampled: tuple[StepRow, ...]
-    last_tokens: torch.Tensor  # int64 [sampled]: index of the last token of each sampled row
+    """Rows that want logits, in order: each first before its targets, then of its last token."""
+    last_tokens: torch.Tensor  # int64 [logits]: index of the tokens whose logits are wanted
 
 
 def build_batch(plan: StepPlan, block_size: int) -> Batch:
@@ -33,6 +34,7 @@ def build_batch(plan: StepPlan, block_size: int) -> Batch:
         blocks = np.asarray(row.block_ids)[place // block_size]
         positions.append(place)
         slots.append(blocks * block_size + place % block_size)
+        last_tokens.extend(range(len(token_ids), len(token_ids) + len(row.targets)))
         token_ids.extend(row.token_ids)
         if row.sample:
             last_tokens.append(len(token_ids) - 1)
@@ -40,6 +42,6 @@ def build_batch(plan: StepPlan, block_size: int) -> Batch:
         token_ids=torch.tensor(token_ids, dtype=torch.int64),
         positions=torch.from_numpy(np.concatenate(positions)),
         attention=AttentionBatch(tuple(rows), torch.from_numpy(np.concatenate(slots))),
-        sampled=tuple(row for row in plan.rows if row.sample),
+        sampled=tuple(row for row in plan.rows if row.num_logits),
         last_tokens=torch.tensor(last_tokens, dtype=torch.int64),
     )

@@ -2,6 +2,10 @@
 
 import time
 
+import numpy as np
+
+from tilefleet_worker.choice import Floats, choose, score
+from tilefleet_worker.request import TokenLogprob
 from tilefleet_worker.step import StepPlan, StepResult, StepRow
 
 
@@ -26,13 +30,48 @@ class FakeRunner:
         for row in plan.rows:
             if self._fault_token_id in row.token_ids:
                 raise ValueError(f"token {self._fault_token_id} is poison")
-        return StepResult({row.request_id: self._token(row) for row in plan.rows if row.sample})
+        tokens: dict[str, int] = {}
+        faults: dict[str, str] = {}
+        logprobs: dict[str, TokenLogprob] = {}
+        for row in plan.rows:
+            if not row.sample:
+                continue
+            try:
+                token = tokens[row.request_id] = self._token(row)
+            except ValueError as error:
+                faults[row.request_id] = f"{type(error).__name__}: {error}"
+                continue
+            if row.params.logprobs is not None:
+                values = self._logits(row.token_ids[-1], row.end)
+                logprobs[row.request_id] = score(values, token, row.params.logprobs)
+        return StepResult(tokens, faults, logprobs, self._scores(plan))
+
+    def _scores(self, plan: StepPlan) -> dict[str, tuple[TokenLogprob, ...]]:
+        scored = {}
+        for row in (row for row in plan.rows if row.targets):
+            num_top = row.params.prompt_logprobs or 0
+            scored[row.request_id] = tuple(
+                score(self._logits(token, row.start + index + 1), row.targets[index], num_top)
+                for index, token in enumerate(row.token_ids[: len(row.targets)])
+            )
+        return scored
 
     def check(self) -> None:
         """The fake device is always healthy."""
 
     def _token(self, row: StepRow) -> int:
-        token = (row.token_ids[-1] * 31 + row.end * 7 + 3) % self._vocab_size
+        """The formula's token, as if it had all the probability, unless something reshapes it."""
+        if row.params.reshapes or row.constraint is not None:
+            return choose(self._logits(row.token_ids[-1], row.end), row)
+        token = self._next(row.token_ids[-1], row.end)
         while token in row.banned_token_ids:
             token = (token + 1) % self._vocab_size
         return token
+
+    def _next(self, last: int, end: int) -> int:
+        return (last * 31 + end * 7 + 3) % self._vocab_size
+
+    def _logits(self, last: int, end: int) -> Floats:
+        """Logits [vocabulary]: highest at the formula's token, lower the further behind it."""
+        behind = (np.arange(self._vocab_size) - self._next(last, end)) % self._vocab_size
+        return -0.05 * behind.astype(np.float64)

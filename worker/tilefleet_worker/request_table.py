@@ -71,7 +71,7 @@ class RequestTable:
         self.top_p[slot] = params.top_p
         self.top_k[slot] = params.top_k
         self.seed[slot] = request.sampling_seed()
-        self.plain[slot] = params.plain
+        self.plain[slot] = params.plain and request.constraint is None
         return slot
 
     def _widen(self, num_end_tokens: int) -> None:

@@ -26,7 +26,7 @@ class Runner:
         """Compute all rows of a plan in one pass. Raises what the framework raises."""
         with torch.inference_mode():
             logits = self._logits(plan)
-            rows = tuple(row for row in plan.rows if row.sample)
+            rows = tuple(row for row in plan.rows if row.num_logits)
             result = sample(logits, rows) if rows else StepResult({})
             for row in rows:
                 if row.request_id in result.faults:

@@ -16,7 +16,7 @@ import numpy as np
 from tilefleet_worker.admission import Limits
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.errors import ConfigError
-from tilefleet_worker.request import Delta, FinishReason, Refusal, Request
+from tilefleet_worker.request import Delta, FinishReason, Refusal, Request, TokenLogprob
 from tilefleet_worker.request_table import Ints
 from tilefleet_worker.roster import Roster, SchedulerGauges
 from tilefleet_worker.sequence import Sequence
@@ -26,6 +26,8 @@ from tilefleet_worker.step import StepPlan, StepResult
 MAX_OVERTAKEN = 64
 # Waiting requests that one step looks at: bounds its cost however long the queue is.
 ADMISSION_WINDOW = 16
+# Positions of prompts whose logits one step keeps: 256 · 150,000 fp32 logits are 154 MB.
+MAX_SCORED_TOKENS = 256
 
 
 class Scheduler:
@@ -181,11 +183,18 @@ class Scheduler:
         taken = 0
         for slot, wanted in zip(slots.tolist(), remaining.tolist(), strict=True):
             length = min(self._share(wanted, shared), budget - taken)
-            if length <= 0:
-                break
-            chunks[slot] = length
-            taken += length
+            taken += self._add_chunk(chunks, self._roster.by_slot[slot], length)
         return taken
+
+    def _add_chunk(self, chunks: dict[int, int], sequence: Sequence, length: int) -> int:
+        """Note up to `length` tokens of a request, fewer if its prompt is to be scored."""
+        if sequence.wants_scores:
+            owners = self._roster.by_slot
+            scored = sum(n for slot, n in chunks.items() if owners[slot].wants_scores)
+            length = min(length, MAX_SCORED_TOKENS - scored)
+        if length > 0:
+            chunks[sequence.slot] = length
+        return max(0, length)
 
     def _share(self, wanted: int, shared: bool) -> int:
         """Most of a prompt that one step computes: half the budget while others want some."""
@@ -198,18 +207,24 @@ class Scheduler:
     def _admit_waiting(self, chunks: dict[int, int], budget: int, num_prompts: int) -> None:
         """Admit what fits, oldest first. One that does not fit lets younger ones pass, bounded.
 
-        num_prompts: running requests that have more than one token left to compute.
+        One whose next block a running request is just computing waits for it: answers to the same
+        prompt that arrive together share its blocks. num_prompts: running requests that have more
+        than one token left to compute.
         """
         passed: list[Sequence] = []
+        under_way = {running.next_hash(self._table) for running in self._roster.running}
         for sequence in self._roster.waiting[:ADMISSION_WINDOW]:
             if budget <= 0 or self.num_running >= self.max_concurrent:
                 break
-            if self._try_admit(sequence):
+            hits = self.pool.match(hashes := sequence.prefix_hashes(self.pool))
+            if len(hits) < len(hashes) and hashes[len(hits)] in under_way:
+                continue
+            if self._try_admit(sequence, hits):
+                under_way.add(sequence.next_hash(self._table))
                 wanted = sequence.num_tokens - int(self._table.num_computed[sequence.slot])
                 shared = num_prompts > 0 or self._could_admit()
                 length = min(self._share(wanted, shared), budget)
-                chunks[sequence.slot] = length
-                budget -= length
+                budget -= self._add_chunk(chunks, sequence, length)
                 num_prompts += wanted > 1
                 for older in passed:
                     older.num_overtaken += 1
@@ -218,9 +233,11 @@ class Scheduler:
             if sequence.num_preemptions or sequence.num_overtaken >= MAX_OVERTAKEN:
                 break
 
-    def _try_admit(self, sequence: Sequence) -> bool:
-        """Admit a request if its tokens fit beside what running requests will still need."""
-        hits = self.pool.match(sequence.prefix_hashes(self.pool))
+    def _try_admit(self, sequence: Sequence, hits: list[int]) -> bool:
+        """Admit a request if its tokens fit beside what running requests will still need.
+
+        hits: blocks that hold its longest known prefix.
+        """
         needed = self.pool.blocks_for(sequence.num_tokens) - len(hits)
         available = self.pool.num_available - self.pool.num_idle_of(hits)
         if needed + self._growth_reserve() > available:
@@ -260,9 +277,16 @@ class Scheduler:
         self._roster.counts["prompt_tokens_computed"] += computed
         if self.pool.prefix_caching:
             self._publish(plan, ends)
+        if result.prompt_logprobs:
+            self._take_scores(plan, result.prompt_logprobs)
         sampled = plan if plan.sample.all() else plan.select(plan.sample)
-        deltas = self._take_tokens(sampled, result.tokens)
+        deltas = self._take_tokens(sampled, result)
         return deltas + errors if errors else deltas
+
+    def _take_scores(self, plan: StepPlan, found: Mapping[str, tuple[TokenLogprob, ...]]) -> None:
+        for request_id, start in zip(plan.request_ids, plan.starts.tolist(), strict=True):
+            if request_id in found:
+                self._roster.by_id[request_id].take_scores(start, found[request_id])
 
     def _end_faulty(self, plan: StepPlan, faults: Mapping[str, str]) -> list[Delta]:
         faulty = [request_id for request_id in plan.request_ids if request_id in faults]
@@ -286,22 +310,39 @@ class Scheduler:
             blocks = table.block_ids[sequence.slot, start:end].tolist()
             self.pool.publish(blocks, hashes[start:end])
 
-    def _take_tokens(self, plan: StepPlan, tokens: Mapping[str, int]) -> list[Delta]:
+    def _take_tokens(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Append a token to each of these requests, all of which want one."""
+        tokens = result.tokens
         values = np.array([tokens.get(request_id, -1) for request_id in plan.request_ids], np.int64)
         self._table.num_ahead[plan.slots] -= 1
         valid = (values >= 0) & (values < self.vocab_size)
+        special = valid & ~self._table.plain[plan.slots]
+        refused = self._take_special(plan.select(special), tokens) if special.any() else {}
+        if refused:
+            valid &= [request_id not in refused for request_id in plan.request_ids]
         if valid.all():
-            return self._append(plan, values)
-        deltas = self._append(plan.select(valid), values[valid])
+            return self._append(plan, values, result)
+        deltas = self._append(plan.select(valid), values[valid], result)
         for request_id in plan.select(~valid).request_ids:
             message = f"The step produced no valid token ({tokens.get(request_id)})"
+            message = refused.get(request_id, message)
             deltas.append(self._roster.finish(self._roster.by_id[request_id], "error", message))
         return deltas
 
-    def _append(self, plan: StepPlan, values: Ints) -> list[Delta]:
+    def _take_special(self, plan: StepPlan, tokens: Mapping[str, int]) -> dict[str, str]:
+        """Tell histories and grammars their tokens. Returns why some were refused, by id."""
+        refused = {}
+        for sequence in self._roster.owners(plan.slots):
+            try:
+                sequence.take(tokens[sequence.request_id])
+            except ValueError as error:
+                refused[sequence.request_id] = f"The grammar refuses its token: {error}"
+        return refused
+
+    def _append(self, plan: StepPlan, values: Ints, result: StepResult) -> list[Delta]:
         """Append these tokens, all valid, and end the requests that end with them."""
         table, slots, token_ids = self._table, plan.slots, values.tolist()
+        plain = bool(table.plain[slots].all())
         owners = list(self._roster.owners(slots))
         for sequence, token_id in zip(owners, token_ids, strict=True):
             sequence.token_ids.append(token_id)
@@ -311,7 +352,10 @@ class Scheduler:
         self._roster.counts["generated_tokens"] += len(token_ids)
         cached = table.num_cached[slots].tolist()
         none = repeat(None)
-        fields = zip(plan.request_ids, zip(token_ids), none, none, cached, strict=False)
+        nothing: repeat[tuple[TokenLogprob, ...]] = repeat(())
+        fields = zip(
+            plan.request_ids, zip(token_ids), none, none, cached, nothing, nothing, strict=False
+        )
         # Delta(*fields) runs Python for each; this builds the same tuples in half the time.
         deltas: list[Delta] = list(map(tuple.__new__, repeat(Delta), fields))
         stops = (table.end_token_ids[slots] == values[:, None]).any(axis=1)
@@ -320,7 +364,10 @@ class Scheduler:
             sequence = owners[index]
             reason: FinishReason = "stop" if stops[index] else "length"
             deltas[index] = self._roster.finish(sequence, reason, None, (token_ids[index],))
-        return deltas
+        if plain:
+            return deltas
+        found = [result.logprobs.get(delta.request_id) for delta in deltas]
+        return [s.scored(d, f) for s, d, f in zip(owners, deltas, found, strict=True)]
 
     # Endings ------------------------------------------------------------------------------------
 

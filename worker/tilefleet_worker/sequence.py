@@ -3,7 +3,8 @@
 from array import array
 
 from tilefleet_worker.block_pool import BlockPool, extend_chain
-from tilefleet_worker.request import Request
+from tilefleet_worker.history import TokenHistory
+from tilefleet_worker.request import Delta, Request, TokenLogprob
 from tilefleet_worker.request_table import RequestTable
 from tilefleet_worker.step import StepRow
 
@@ -30,7 +31,10 @@ class Sequence:
         self.num_overtaken = 0
         """How often a younger request was admitted while this one did not fit."""
         self.end_token_ids = (*own_end_ids, *params.stop_token_ids)
+        self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
+        """Scores of the prompt's tokens from the second on, as far as they are known."""
         self._seed = request.sampling_seed()
+        self._history = TokenHistory(request.prompt_token_ids) if params.looks_back else None
         self._hashes: list[bytes] = []
 
     @property
@@ -46,10 +50,46 @@ class Sequence:
     def prefix_hashes(self, pool: BlockPool) -> list[bytes]:
         """Hashes of the full blocks that a hit may cover.
 
-        The block of the last token is left out: without computing it there are no logits.
+        The block of the last token is left out: without computing it there are no logits. So is
+        every block of a prompt whose own tokens are to be scored.
         """
+        if self.wants_scores:
+            return []
         hashes = self.block_hashes(pool, self.num_tokens // pool.block_size)
         return hashes[: (self.num_tokens - 1) // pool.block_size]
+
+    @property
+    def wants_scores(self) -> bool:
+        """True while tokens of the prompt are still to be scored."""
+        known = len(self.prompt_logprobs) + 1
+        return self.request.params.prompt_logprobs is not None and known < self.num_prompt_tokens
+
+    def next_hash(self, table: RequestTable) -> bytes | None:
+        """Hash of the next block that this running request will publish; None if not known."""
+        published = int(table.num_published[self.slot])
+        return self._hashes[published] if published < len(self._hashes) else None
+
+    def take(self, token_id: int) -> None:
+        """Note a generated token where more than its position matters: history and grammar.
+
+        Raises ValueError when the grammar does not allow it.
+        """
+        if self.request.constraint is not None:
+            self.request.constraint.accept(token_id)
+        if self._history is not None:
+            self._history.append(token_id)
+
+    def take_scores(self, start: int, scores: tuple[TokenLogprob, ...]) -> None:
+        """Note the scores of the targets of a row; those known from before a preemption stay."""
+        self.prompt_logprobs += scores[max(0, len(self.prompt_logprobs) - start) :]
+
+    def scored(self, delta: Delta, found: TokenLogprob | None) -> Delta:
+        """The delta with the log probability of its token, and once with those of the prompt."""
+        first = self.num_tokens == self.num_prompt_tokens + 1
+        return delta._replace(
+            logprobs=() if found is None else (found,),
+            prompt_logprobs=self.prompt_logprobs if first else (),
+        )
 
     def admit(self, table: RequestTable, pool: BlockPool, hit_blocks: list[int]) -> None:
         """Take a slot, the blocks of a hit and new ones for all other tokens."""
@@ -96,4 +136,14 @@ class Sequence:
             params=params,
             seed=self._seed,
             banned_token_ids=self.end_token_ids if early else (),
+            history=self._history,
+            constraint=self.request.constraint,
+            targets=self._targets(start, end) if self.wants_scores else (),
         )
+
+    def _targets(self, start: int, end: int) -> tuple[int, ...]:
+        """Prompt tokens that follow those from `start` to `end`.
+
+        A prompt that is computed again after a preemption is scored again from its beginning.
+        """
+        return tuple(self.token_ids[start + 1 : min(end + 1, self.num_prompt_tokens)])

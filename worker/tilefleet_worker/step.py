@@ -8,7 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from tilefleet_worker.request import Request, SamplingParams
+from tilefleet_worker.history import TokenHistory
+from tilefleet_worker.request import Request, SamplingParams, TokenConstraint, TokenLogprob
 from tilefleet_worker.request_table import Bools, Ints, RequestTable
 
 
@@ -27,6 +28,12 @@ class StepRow:
     seed: int
     banned_token_ids: tuple[int, ...] = ()
     """Tokens that must not be sampled now (end tokens before min_tokens)."""
+    history: TokenHistory | None = None
+    """What penalties and bad words look at; None when the request has none."""
+    constraint: TokenConstraint | None = None
+    """The grammar that the next token must follow, in the state before it."""
+    targets: tuple[int, ...] = ()
+    """Tokens that follow `token_ids[0]`, `[1]`, … in the prompt and whose logprobs are wanted."""
 
     @property
     def length(self) -> int:
@@ -37,6 +44,11 @@ class StepRow:
     def end(self) -> int:
         """Tokens of the request that are computed after this step, and position of the next."""
         return self.start + len(self.token_ids)
+
+    @property
+    def num_logits(self) -> int:
+        """Tokens of this row whose logits are wanted: those before targets, and the last one."""
+        return len(self.targets) + self.sample
 
 
 class RowOwner(Protocol):
@@ -166,7 +178,8 @@ def _enter(table: RequestTable, row: StepRow) -> int:
     table.extend_blocks(slot, row.block_ids)
     table.last_token[slot] = row.token_ids[-1] if row.token_ids else 0
     table.seed[slot] = row.seed
-    table.plain[slot] = row.params.plain and not row.banned_token_ids
+    plain = row.params.plain and not row.banned_token_ids
+    table.plain[slot] = plain and row.constraint is None and not row.targets
     return slot
 
 
@@ -177,3 +190,7 @@ class StepResult:
     tokens: Mapping[str, int]
     faults: Mapping[str, str] = field(default_factory=dict)
     """request id → why this row alone has no token (for example logits that are not finite)."""
+    logprobs: Mapping[str, TokenLogprob] = field(default_factory=dict)
+    """Of the token in `tokens`, for rows that ask for it."""
+    prompt_logprobs: Mapping[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+    """One for each target of a row that has any."""
