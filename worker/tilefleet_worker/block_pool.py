@@ -50,10 +50,12 @@ def extend_chain(parent: bytes, token_ids: Sequence[int], block_size: int) -> li
     if sys.byteorder == "big":
         tokens = array("I", tokens)
         tokens.byteswap()
-    data, step, sha256 = tokens.tobytes(), tokens.itemsize * block_size, hashlib.sha256
-    hashes = []
-    for end in range(step, len(data) + 1, step):
-        parent = sha256(parent + data[end - step : end]).digest()
+    if len(tokens) < block_size:
+        return []
+    whole = memoryview(tokens)[: len(tokens) // block_size * block_size]
+    hashes, sha256 = [], hashlib.sha256
+    for (block,) in struct.iter_unpack(f"{tokens.itemsize * block_size}s", whole.cast("B")):
+        parent = sha256(parent + block).digest()
         hashes.append(parent)
     return hashes
 

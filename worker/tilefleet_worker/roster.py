@@ -87,7 +87,7 @@ class Roster:
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running request's blocks. It waits again, at its age, with its tokens."""
-        self._stop_running(sequence)
+        self._stop_running(sequence, publish=True)
         sequence.num_preemptions += 1
         self._wait(sequence)
         self.counts["preemptions"] += 1
@@ -102,7 +102,8 @@ class Roster:
         """The only place where a request ends: forget it and free its blocks."""
         del self.by_id[sequence.request_id]
         if sequence.is_running:
-            self._stop_running(sequence)
+            # What a faulty request computed must not be found by others.
+            self._stop_running(sequence, publish=reason != "error")
         else:
             self._stop_waiting(sequence)
         self.counts[_COUNT_OF_REASON.get(reason, "completions")] += 1
@@ -113,7 +114,9 @@ class Roster:
         """Everything in progress."""
         return sorted(self.by_id.values(), key=_age)
 
-    def _stop_running(self, sequence: Sequence) -> None:
+    def _stop_running(self, sequence: Sequence, *, publish: bool) -> None:
+        if publish:
+            sequence.publish(self.table, self.pool)
         del self.running[bisect_left(self.running, sequence.order, key=_age)]
         del self.by_slot[sequence.slot]
         self._slots = None

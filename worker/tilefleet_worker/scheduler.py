@@ -275,8 +275,8 @@ class Scheduler:
         prompt_ends = np.minimum(ends, table.num_prompt[plan.slots])
         computed = int(np.maximum(prompt_ends - plan.starts, 0).sum())
         self._roster.counts["prompt_tokens_computed"] += computed
-        if self.pool.prefix_caching:
-            self._publish(plan, ends)
+        if computed and self.pool.prefix_caching:
+            self._publish_prompts(plan)
         if result.prompt_logprobs:
             self._take_scores(plan, result.prompt_logprobs)
         sampled = plan if plan.sample.all() else plan.select(plan.sample)
@@ -296,19 +296,14 @@ class Scheduler:
         alive = self._table.epoch[plan.slots] == plan.epochs
         return plan if alive.all() else plan.select(alive)
 
-    def _publish(self, plan: StepPlan, ends: Ints) -> None:
-        """Make the blocks that became full findable."""
-        table = self._table
-        full = ends // self.pool.block_size
-        grown = full > table.num_published[plan.slots]
-        slots, full = plan.slots[grown], full[grown]
-        first = table.num_published[slots]
-        table.num_published[slots] = full
-        owners = self._roster.owners(slots)
-        for sequence, start, end in zip(owners, first.tolist(), full.tolist(), strict=True):
-            hashes = sequence.block_hashes(self.pool, end)
-            blocks = table.block_ids[sequence.slot, start:end].tolist()
-            self.pool.publish(blocks, hashes[start:end])
+    def _publish_prompts(self, plan: StepPlan) -> None:
+        """Make prompts findable as soon as they are computed: others may begin alike.
+
+        An answer becomes findable when its request leaves, so that decodes need no hash.
+        """
+        slots = plan.slots[plan.starts < self._table.num_prompt[plan.slots]]
+        for sequence in self._roster.owners(slots):
+            sequence.publish(self._table, self.pool)
 
     def _take_tokens(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Append a token to each of these requests, all of which want one."""

@@ -104,6 +104,16 @@ class Sequence:
             self.num_cached_tokens = computed
         table.num_cached[self.slot] = self.num_cached_tokens
 
+    def publish(self, table: RequestTable, pool: BlockPool) -> None:
+        """Make all blocks that are full of computed tokens findable."""
+        start = int(table.num_published[self.slot])
+        end = int(table.num_computed[self.slot]) // pool.block_size
+        if pool.prefix_caching and start < end:
+            hashes = self.block_hashes(pool, end)
+            blocks = table.block_ids[self.slot, start:end].tolist()
+            pool.publish(blocks, hashes[start:end])
+            table.num_published[self.slot] = end
+
     def release(self, table: RequestTable, pool: BlockPool) -> None:
         """Give slot and blocks back. Idempotent. The tokens stay, so that work can start again."""
         if self.slot == NO_SLOT:
