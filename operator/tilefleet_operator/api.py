@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import Field, ValidationError, model_validator
 
+from tilefleet_operator.accelerator import AcceleratorSpec
 from tilefleet_operator.errors import SpecInvalid
+from tilefleet_operator.fields import Duration, Fraction, Model, OptionalQuantity, Quantity
 from tilefleet_operator.units import seconds
 
 GROUP = "tilefleet.io"
@@ -31,31 +32,14 @@ FIELD_MANAGER = "tilefleet"
 # 48 leaves room for "-<8 hex>-<4 digits>" in a pod name that must also be a host name (63).
 MAX_NAME_LENGTH = 48
 MAX_REPLICAS = 1000
-MAX_DEVICES_PER_POD = 8
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 URI_PATTERN = r"^(hf|pvc|file)://[^\s]+$"
 # The operator remembers eleven minutes of load.
 MAX_WINDOW = "10m"
 URI_SCHEMES = ("hf://", "pvc://", "file://")
 
-Duration = Annotated[str, Field(pattern=r"^(\d+(ms|s|m|h))+$", max_length=32)]
-Fraction = Annotated[str, Field(pattern=r"^\d+(\.\d+)?$", max_length=16)]
-Quantity = Annotated[
-    str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=32)
-]
-OptionalQuantity = Annotated[
-    str, Field(pattern=r"^([0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?)?$", max_length=32)
-]
-Product = Literal["MI210", "MI250X", "MI300A", "MI300X", "MI308X", "MI325X", "MI350X", "MI355X"]
 
-
-class _Model(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True
-    )
-
-
-class SecretRef(_Model):
+class SecretRef(Model):
     """A key of a Secret in the object's own namespace."""
 
     name: Annotated[str, Field(max_length=253)] = Field(
@@ -66,7 +50,7 @@ class SecretRef(_Model):
     )
 
 
-class ModelSpec(_Model):
+class ModelSpec(Model):
     """Which checkpoint is served, and under which name."""
 
     uri: Annotated[str, Field(pattern=URI_PATTERN, max_length=1024)] = Field(
@@ -83,7 +67,7 @@ class ModelSpec(_Model):
     )
 
 
-class KvCache(_Model):
+class KvCache(Model):
     """The one memory pool that all requests of a replica share."""
 
     memory: OptionalQuantity = Field(
@@ -97,7 +81,7 @@ class KvCache(_Model):
     )
 
 
-class Resources(_Model):
+class Resources(Model):
     """What one replica asks of its node, beside accelerators."""
 
     cpu: Quantity = Field(
@@ -106,7 +90,7 @@ class Resources(_Model):
     memory: Quantity = Field(default="2Gi", description="Memory request and limit.")
 
 
-class EngineSpec(_Model):
+class EngineSpec(Model):
     """How the engine of each replica runs."""
 
     image: Annotated[str, Field(max_length=512)] = Field(
@@ -127,62 +111,7 @@ class EngineSpec(_Model):
     )
 
 
-class Toleration(_Model):
-    """A Kubernetes toleration."""
-
-    key: Annotated[str, Field(max_length=317)] = Field(default="", description="Taint key.")
-    operator: Literal["Exists", "Equal"] = Field(default="Exists", description="Comparison.")
-    value: Annotated[str, Field(max_length=63)] = Field(default="", description="Taint value.")
-    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field(
-        default="", description="Taint effect; empty: all."
-    )
-
-
-class AcceleratorSpec(_Model):
-    """The devices of one replica, and the nodes that may carry it."""
-
-    vendor: Literal["amd", "cpu"] = Field(default="amd", description="Kind of device.")
-    products: Annotated[list[Product], Field(max_length=16)] = Field(
-        default_factory=list, description="AMD products that may be used; empty: any."
-    )
-    device_ids: Annotated[
-        list[Annotated[str, Field(pattern=r"^[0-9a-f]{4}$", max_length=4)]], Field(max_length=32)
-    ] = Field(
-        default_factory=list,
-        alias="deviceIDs",
-        description="PCI device ids that may be used, for example 74a1; overrides products.",
-    )
-    count: Annotated[int, Field(ge=0, le=MAX_DEVICES_PER_POD)] = Field(
-        default=0, description="Devices of one replica; 0: one on amd, none on cpu."
-    )
-    node_selector: Annotated[
-        dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=32)
-    ] = Field(default_factory=dict, description="Node labels that must be equal.")
-    tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(
-        default_factory=list, description="Beside amd.com/gpu Exists, which amd always has."
-    )
-
-    @model_validator(mode="after")
-    def _cpu_has_no_devices(self) -> AcceleratorSpec:
-        if self.vendor == "cpu" and self.count != 0:
-            raise ValueError(
-                f"count: {self.count} needs devices, but vendor is cpu; remove count or set vendor"
-                " to amd"
-            )
-        if self.vendor == "cpu" and (self.products or self.device_ids):
-            named = ",".join([*self.products, *self.device_ids])
-            raise ValueError(
-                f"products: {named} names GPUs, but vendor is cpu; remove them or set vendor to amd"
-            )
-        return self
-
-    @property
-    def devices(self) -> int:
-        """Devices of one replica with the default resolved."""
-        return 0 if self.vendor == "cpu" else (self.count or 1)
-
-
-class ScaleUp(_Model):
+class ScaleUp(Model):
     """How fast a fleet may grow."""
 
     max_step_percent: Annotated[int, Field(ge=1, le=1000)] = Field(
@@ -193,7 +122,7 @@ class ScaleUp(_Model):
     )
 
 
-class ScaleDown(_Model):
+class ScaleDown(Model):
     """How slowly a fleet shrinks."""
 
     window: Duration = Field(
@@ -211,7 +140,7 @@ class ScaleDown(_Model):
         return self
 
 
-class Autoscaling(_Model):
+class Autoscaling(Model):
     """How many replicas: as written, or as measured load needs."""
 
     mode: Literal["Manual", "Auto"] = Field(
@@ -245,7 +174,7 @@ class Autoscaling(_Model):
         return self
 
 
-class Drain(_Model):
+class Drain(Model):
     """How a replica that leaves finishes its requests."""
 
     timeout: Duration = Field(
@@ -253,7 +182,7 @@ class Drain(_Model):
     )
 
 
-class Rollout(_Model):
+class Rollout(Model):
     """How a new revision replaces the old one."""
 
     max_surge: Annotated[int, Field(ge=0, le=MAX_REPLICAS)] = Field(
@@ -282,7 +211,7 @@ class Rollout(_Model):
         return self
 
 
-class Spec(_Model):
+class Spec(Model):
     """What the user wants."""
 
     model: ModelSpec = Field(description="The checkpoint.")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from tilefleet_operator.failures import Failure, failure
 from tilefleet_operator.fleet import Fleet
-from tilefleet_operator.hardware import Fit, is_sick
+from tilefleet_operator.hardware import is_sick
 from tilefleet_operator.observed import MissingStats, Snapshot
+from tilefleet_operator.placement import Fit
 from tilefleet_operator.rollout import Progress
 from tilefleet_operator.status import Condition
 
@@ -140,12 +141,24 @@ def _accelerator_matched(facts: Facts) -> Condition:
     if facts.fit is None:
         return Condition(kind, "True", "Matched", "vendor cpu runs on any node")
     if facts.fit.matching:
-        count = len(facts.fit.matching)
-        return Condition(kind, "True", "Matched", f"{count} nodes match" + facts.fit.refusals())
+        return _matched(facts.fit)
     accelerator = facts.snapshot.deployment.spec.accelerator
     wanted = ", ".join(accelerator.device_ids or accelerator.products) or "any AMD GPU"
     reasons = facts.fit.refusals() or "; the cluster has no AMD node"
-    return Condition(kind, "False", "NoMatchingNodes", f"no node matches {wanted}{reasons}")
+    why = "PartitionMismatch" if facts.fit.mismatched else "NoMatchingNodes"
+    return Condition(kind, "False", why, f"no node matches {wanted}{reasons}")
+
+
+def _matched(fit: Fit) -> Condition:
+    message = f"{len(fit.matching)} nodes match"
+    if not fit.options[0].matching:
+        first = next(option for option in fit.options if option.matching)
+        message += f", by fallback {first.number} ({first.title}) at best"
+    if fit.stale:
+        stale = ", ".join(f"{name} ({why})" for name, why in fit.stale[:5])
+        message += f"; Allocatable is believed: {stale}"
+    reason = "LabelsStale" if fit.stale else "Matched"
+    return Condition("AcceleratorMatched", "True", reason, message + fit.refusals())
 
 
 def _capacity_limited(facts: Facts) -> Condition:

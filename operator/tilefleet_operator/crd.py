@@ -229,6 +229,13 @@ def _status_schema() -> dict[str, Any]:
             resourceName=_STRING,
             devicesPerReplica=_INTEGER,
             matchingNodes=_INTEGER,
+            partition=_STRING,
+            memoryPerDevice=_STRING,
+            placed={
+                "type": "object",
+                "description": "Devices that replicas were made for, with their number.",
+                "additionalProperties": _INTEGER,
+            },
         ),
         capacity=_object(
             "What one replica can do, as learned.",

@@ -14,17 +14,21 @@ from typing import Any
 
 from tilefleet_operator.api import API_VERSION, KIND, InferenceDeployment
 from tilefleet_operator.failures import Successor
-from tilefleet_operator.hardware import GPU_RESOURCE, GPU_TAINT, node_selector_terms
+from tilefleet_operator.hardware import GPU_TAINT
 from tilefleet_operator.observed import (
     ACTIVE,
+    ANNOTATION_ACCELERATOR,
     ANNOTATION_ATTEMPT,
     ANNOTATION_AVOID,
+    ANNOTATION_PLACEMENT,
     LABEL_DEPLOYMENT,
     LABEL_REVISION,
     LABEL_ROLE,
     LABEL_STATE,
     ROLE_WORKER,
 )
+from tilefleet_operator.options import Placement, node_affinity
+from tilefleet_operator.placement import unseen
 from tilefleet_operator.units import quantity, seconds
 
 API_PORT, ADMIN_PORT = 8000, 8001
@@ -77,13 +81,17 @@ def pod(
     revision: str,
     defaults: Defaults,
     heir: Successor | None = None,
+    placement: Placement | None = None,
 ) -> dict[str, Any]:
     """One replica. Restricted Pod Security on vendor cpu; on amd the exceptions ROCm needs.
 
-    heir: what it takes over from failed predecessors; no part of the revision.
+    heir: what it takes over from failed predecessors; no part of the revision. placement: where it
+    may go, for vendor amd; by default where no node is known.
     """
     spec = deployment.spec
     amd = spec.accelerator.vendor == "amd"
+    if amd and placement is None:
+        placement = unseen(spec.accelerator)
     seccomp = "Unconfined" if amd else "RuntimeDefault"
     body: dict[str, Any] = {
         "automountServiceAccountToken": False,
@@ -97,7 +105,7 @@ def pod(
             "fsGroup": USER_ID,
             "seccompProfile": {"type": seccomp},
         },
-        "containers": [_container(deployment, defaults)],
+        "containers": [_container(deployment, defaults, placement)],
         "volumes": _volumes(deployment),
     }
     if amd:
@@ -109,8 +117,7 @@ def pod(
     if tolerations:
         body["tolerations"] = tolerations
     heir = heir or Successor()
-    terms = node_selector_terms(spec.accelerator) if amd else []
-    affinity = _node_affinity(terms, heir.avoid)
+    affinity = node_affinity(placement, heir.avoid)
     if affinity:
         body["affinity"] = {"nodeAffinity": affinity}
     marks = _serving(deployment) | child_labels(deployment) | {LABEL_REVISION: revision}
@@ -123,6 +130,9 @@ def pod(
         annotations[ANNOTATION_ATTEMPT] = str(heir.attempt)
     if heir.avoid:
         annotations[ANNOTATION_AVOID] = ",".join(heir.avoid)
+    if placement is not None:
+        annotations[ANNOTATION_ACCELERATOR] = placement.option.title
+        annotations[ANNOTATION_PLACEMENT] = placement.option.key
     name = pod_name(deployment, slot, revision)
     return {
         "apiVersion": "v1",
@@ -130,19 +140,6 @@ def pod(
         "metadata": child_metadata(deployment, name, marks, annotations),
         "spec": body,
     }
-
-
-def _node_affinity(terms: list[dict[str, Any]], avoid: tuple[str, ...]) -> dict[str, Any]:
-    """Nodes that must match, and nodes that are only used when no other fits."""
-    affinity: dict[str, Any] = {}
-    if terms:
-        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": terms}
-    if avoid:
-        # The API server allows one value for each requirement on a field.
-        names = [{"key": "metadata.name", "operator": "NotIn", "values": [n]} for n in avoid]
-        preference = {"weight": 100, "preference": {"matchFields": names}}
-        affinity["preferredDuringSchedulingIgnoredDuringExecution"] = [preference]
-    return affinity
 
 
 def child_labels(deployment: InferenceDeployment) -> dict[str, str]:
@@ -207,7 +204,9 @@ def image(deployment: InferenceDeployment, defaults: Defaults) -> str:
     return deployment.spec.engine.image or default
 
 
-def _container(deployment: InferenceDeployment, defaults: Defaults) -> dict[str, Any]:
+def _container(
+    deployment: InferenceDeployment, defaults: Defaults, placement: Placement | None
+) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": "worker",
         "image": image(deployment, defaults),
@@ -217,7 +216,7 @@ def _container(deployment: InferenceDeployment, defaults: Defaults) -> dict[str,
             {"name": "http", "containerPort": API_PORT, "protocol": "TCP"},
             {"name": "admin", "containerPort": ADMIN_PORT, "protocol": "TCP"},
         ],
-        "resources": _resources(deployment),
+        "resources": _resources(deployment, placement),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -250,13 +249,14 @@ def _environment(deployment: InferenceDeployment) -> list[dict[str, Any]]:
     return variables
 
 
-def _resources(deployment: InferenceDeployment) -> dict[str, Any]:
-    resources, accelerator = deployment.spec.engine.resources, deployment.spec.accelerator
+def _resources(deployment: InferenceDeployment, placement: Placement | None) -> dict[str, Any]:
+    resources = deployment.spec.engine.resources
     requests = {"cpu": resources.cpu, "memory": resources.memory}
     # No CPU limit: throttling would stretch steps; the number of threads is the bound.
     limits = {"memory": resources.memory}
-    if accelerator.devices:
-        requests[GPU_RESOURCE] = limits[GPU_RESOURCE] = str(accelerator.devices)
+    if placement is not None:
+        option = placement.option
+        requests[option.resource] = limits[option.resource] = str(option.count)
     return {"requests": requests, "limits": limits}
 
 

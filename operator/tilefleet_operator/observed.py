@@ -15,9 +15,11 @@ from tilefleet_operator.errors import ObservationInvalid
 from tilefleet_operator.hardware import NodeView, Taint
 from tilefleet_operator.pods import (
     ACTIVE,
+    ANNOTATION_ACCELERATOR,
     ANNOTATION_ATTEMPT,
     ANNOTATION_AVOID,
     ANNOTATION_DRAIN_STARTED,
+    ANNOTATION_PLACEMENT,
     DRAINING,
     LABEL_DEPLOYMENT,
     LABEL_REVISION,
@@ -46,9 +48,11 @@ DEVICE_PREFIX = "amd.com/"
 
 __all__ = [
     "ACTIVE",
+    "ANNOTATION_ACCELERATOR",
     "ANNOTATION_ATTEMPT",
     "ANNOTATION_AVOID",
     "ANNOTATION_DRAIN_STARTED",
+    "ANNOTATION_PLACEMENT",
     "DRAINING",
     "LABEL_DEPLOYMENT",
     "LABEL_REVISION",

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tilefleet_operator import desired, hardware, history, status
+from tilefleet_operator import desired, devices, history, status
 from tilefleet_operator.actions import Action, Apply, Delete, Drain, Plan
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.autoscale import Decision, Policy, decide
@@ -21,9 +21,9 @@ from tilefleet_operator.conditions import Facts, conditions, unknown
 from tilefleet_operator.desired import Defaults
 from tilefleet_operator.draining import finish, leave
 from tilefleet_operator.fleet import Fleet, fleet
-from tilefleet_operator.hardware import GPU_RESOURCE, Fit
 from tilefleet_operator.moves import Moves, Room, moves
 from tilefleet_operator.observed import Snapshot, owner_uid
+from tilefleet_operator.options import Placement
 from tilefleet_operator.rollout import progress
 from tilefleet_operator.transitions import transitions
 from tilefleet_operator.units import seconds
@@ -48,21 +48,22 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     revision, used = history.current(deployment, known, defaults)
     pods = fleet(snapshot, revision.name, now)
     decision = _decide(snapshot, pods, now)
-    fit = _fit(snapshot, pods)
+    fit = devices.judged(snapshot, pods)
     conflict = _conflict(snapshot)
     actions: list[Action] = []
     measured = deployment.spec.autoscaling.mode == "Auto" and bool(pods.ready)
     rolled = progress(deployment, pods, decision.desired, now)
     waits = [decision.wait_seconds, MEASURE_SECONDS if measured else None, rolled.wait_seconds]
     if not deployment.spec.paused:
-        room = Room(rolled.stopped, rolled.since, _places(snapshot, pods))
+        room = Room(rolled.stopped, rolled.since, devices.places(snapshot, pods))
         step = moves(pods, decision.desired, snapshot, now, room)
         drained = list(finish(snapshot, pods, now))
         removals = list(leave(deployment, step.removals, now))
-        adding = list(_adding(deployment, pods, step, used))
+        moved, places = devices.assigned(snapshot, pods, fit, step)
+        adding = list(_adding(deployment, pods, step, places, used))
         in_use = {pod.revision for pod in snapshot.pods} | {rolled.current}
         recording = history.record(deployment, revision, known, in_use)
-        wanted = [*drained, *removals, *recording, *adding, *_service(snapshot, conflict)]
+        wanted = [*drained, *removals, *moved, *recording, *adding, *_service(snapshot, conflict)]
         actions = _ordered(wanted)
         draining = bool(pods.draining) or any(isinstance(a, Drain) for a in actions)
         waits += [step.wait_seconds, DRAIN_POLL_SECONDS if draining else None]
@@ -127,31 +128,12 @@ def _decide(snapshot: Snapshot, pods: Fleet, now: float) -> Decision:
     return decision
 
 
-def _fit(snapshot: Snapshot, pods: Fleet) -> Fit | None:
-    """Judgement of the nodes, with the devices of this fleet's own active pods counted as free."""
-    accelerator = snapshot.deployment.spec.accelerator
-    if accelerator.vendor != "amd":
-        return None
-    others = {node: dict(used) for node, used in snapshot.device_use.items()}
-    for pod in pods.active:
-        if pod.node in others:
-            used = others[pod.node]
-            own = pod.requests.get(GPU_RESOURCE, 0.0)
-            used[GPU_RESOURCE] = max(0.0, used.get(GPU_RESOURCE, 0.0) - own)
-    return hardware.fit(accelerator, snapshot.nodes, others)
-
-
-def _places(snapshot: Snapshot, pods: Fleet) -> int:
-    """Replicas that find devices beside all that exist; looked at for unhealthy GPUs only."""
-    accelerator = snapshot.deployment.spec.accelerator
-    if accelerator.vendor != "amd" or all(pod.revision != pods.revision for pod in pods.old):
-        return 0
-    free = hardware.fit(accelerator, snapshot.nodes, snapshot.device_use).replicas
-    return max(0, free - sum(pod.node is None for pod in pods.active))
-
-
 def _adding(
-    deployment: InferenceDeployment, pods: Fleet, step: Moves, defaults: Defaults
+    deployment: InferenceDeployment,
+    pods: Fleet,
+    step: Moves,
+    places: Sequence[Placement | None],
+    defaults: Defaults,
 ) -> Iterator[Apply]:
     """New pods in the lowest free slots. A name in use, even by a dying pod, is never reused."""
     slots = (
@@ -159,8 +141,9 @@ def _adding(
         for slot in itertools.count()
         if desired.pod_name(deployment, slot, pods.revision) not in pods.names
     )
-    for heir, slot in zip(step.additions, slots, strict=False):
-        yield Apply(desired.pod(deployment, slot, pods.revision, defaults, heir), step.why_add)
+    for heir, place, slot in zip(step.additions, places, slots, strict=False):
+        body = desired.pod(deployment, slot, pods.revision, defaults, heir, place)
+        yield Apply(body, step.why_add)
 
 
 def _service(snapshot: Snapshot, conflict: str) -> Iterator[Apply]:
@@ -230,17 +213,7 @@ def _report(facts: Facts, decision: Decision) -> status.Report:
         rollout=facts.progress.mark,
         conditions=conditions(facts),
         telemetry=telemetry,
-        accelerator=_accelerator(facts.fit),
+        accelerator=devices.report(facts.fit, pods),
         decision_reason=decision.reason,
         decision_inputs=decision.inputs,
     )
-
-
-def _accelerator(fit: Fit | None) -> dict[str, Any]:
-    if fit is None:
-        return {}
-    return {
-        "resourceName": GPU_RESOURCE,
-        "devicesPerReplica": fit.devices,
-        "matchingNodes": len(fit.matching),
-    }

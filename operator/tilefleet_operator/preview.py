@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from tilefleet_operator import hardware
+from tilefleet_operator import placement
 from tilefleet_operator.api import KIND, InferenceDeployment, parse
 from tilefleet_operator.desired import Defaults
 from tilefleet_operator.errors import ObservationInvalid
-from tilefleet_operator.hardware import Fit
 from tilefleet_operator.observed import NodeView, PodView, Snapshot, device_use, node_view, pod_view
+from tilefleet_operator.placement import Fit
 from tilefleet_operator.plan import Action, Plan
 from tilefleet_operator.simulation import World, trace
 
@@ -133,7 +133,7 @@ def _replay(snapshot: Snapshot, now: float, defaults: Defaults) -> Preview:
         snapshot.deployment,
         tuple((moment.now - now, step) for moment, step in steps if step.actions),
         steps[-1][0],
-        hardware.fit(accelerator, snapshot.nodes, snapshot.device_use) if judged else None,
+        placement.fit(accelerator, snapshot.nodes, snapshot.device_use) if judged else None,
     )
 
 

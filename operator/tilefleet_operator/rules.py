@@ -27,6 +27,14 @@ def _number(value: str, digits: int) -> str:
     return " + ".join([*parts, digit(0)])
 
 
+_WHOLE = "['Any', 'SPX']"
+_SPANS = ", which gives wrong results; set count to 1 or compute to SPX"
+_NPS4 = (
+    "{0}.partition.memory == 'NPS4' && {0}.products.exists(p, p == 'MI300X')"
+    " && !({0}.partition.compute in ['Any', 'CPX'])"
+)
+
+
 def _rule(rule: str, message: str, expression: str) -> dict[str, str]:
     return {"rule": rule, "message": message, "messageExpression": expression}
 
@@ -70,6 +78,39 @@ RULES: Mapping[tuple[str, ...], list[dict[str, str]]] = {
             "products, deviceIDs: must be empty when vendor is cpu",
             "'products: ' + self.products.join(',') + self.deviceIDs.join(',')"
             " + ' names GPUs, but vendor is cpu; remove them or set vendor to amd'",
+        ),
+        _rule(
+            "self.vendor != 'cpu' || (self.fallbacks.size() == 0 && self.resourceName == '')",
+            "fallbacks, resourceName: must be empty when vendor is cpu",
+            "'fallbacks, resourceName: ' + self.resourceName + ' name GPUs, but vendor is cpu;"
+            " remove them or set vendor to amd'",
+        ),
+        _rule(
+            f"self.count <= 1 || self.partition.compute in {_WHOLE}",
+            "count: must be 1 on partitions of a GPU",
+            f"'count: ' + {_number('self.count', 1)} + ' spans partitions of mode '"
+            f" + self.partition.compute + '{_SPANS}'",
+        ),
+        _rule(
+            "self.fallbacks.all(f, (f.count == 0 ? self.count : f.count) <= 1"
+            f" || f.partition.compute in {_WHOLE})",
+            "fallbacks: count must be 1 on partitions of a GPU",
+            f"'fallbacks: a count above 1 spans partitions of mode '"
+            " + self.fallbacks.map(f, f.partition.compute).join(',')"
+            f" + '{_SPANS}'",
+        ),
+        _rule(
+            f"!({_NPS4.format('self')}) && !self.fallbacks.exists(f, {_NPS4.format('f')})",
+            "partition: memory NPS4 on MI300X needs compute CPX",
+            "'partition: compute ' + self.partition.compute + ' with memory NPS4 does not exist on"
+            " MI300X; set compute to CPX or memory to NPS1'",
+        ),
+        _rule(
+            "self.resourceName in ['', 'amd.com/gpu'] || self.partition.compute == 'Any' ||"
+            " self.resourceName.startsWith('amd.com/' + self.partition.compute.lowerAscii() + '_')",
+            "resourceName: must be of partition.compute",
+            "'resourceName: ' + self.resourceName + ' is not of partition.compute '"
+            " + self.partition.compute + '; change one of them'",
         ),
     ],
     ("autoscaling",): [

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilefleet_operator import hardware
+from tilefleet_operator import placement
 from tilefleet_operator.desired import Defaults
-from tilefleet_operator.hardware import GPU_RESOURCE
 from tilefleet_operator.observed import (
+    ANNOTATION_PLACEMENT,
     DRAINING,
     Counters,
     Gauges,
@@ -171,21 +171,23 @@ def _schedule(snapshot: Snapshot, pods: tuple[PodView, ...]) -> tuple[PodView, .
         pod = waiting.pop(0)
         if pod.node is None and not pod.finished:
             use = _use(snapshot, (*placed, *waiting))
-            pod = replace(pod, node=_node(snapshot, use, accelerator.vendor == "amd"))
-            pod = replace(
-                pod,
-                ip="192.0.2.1" if pod.node else None,
-                reason="" if pod.node else "Unschedulable",
-            )
+            node = _node(snapshot, pod, use, accelerator.vendor == "amd")
+            pod = replace(pod, node=node, ip="192.0.2.1" if node else None)
+            pod = replace(pod, reason="" if node else "Unschedulable")
         placed.append(pod)
     return tuple(placed)
 
 
-def _node(snapshot: Snapshot, use: Mapping[str, Mapping[str, float]], amd: bool) -> str | None:
+def _node(
+    snapshot: Snapshot, pod: PodView, use: Mapping[str, Mapping[str, float]], amd: bool
+) -> str | None:
     if not amd or not snapshot.nodes:
         return "any"
-    fit = hardware.fit(snapshot.deployment.spec.accelerator, snapshot.nodes, use)
-    return next((node.name for node in fit.matching if node.free >= fit.devices), None)
+    fit = placement.fit(snapshot.deployment.spec.accelerator, snapshot.nodes, use)
+    key = pod.annotations.get(ANNOTATION_PLACEMENT)
+    found = next((option for option in fit.options if option.key == key), None)
+    nodes = found.matching if found is not None else ()
+    return next((n.name for n in nodes if found is not None and n.free >= found.count), None)
 
 
 def _use(snapshot: Snapshot, pods: tuple[PodView, ...]) -> dict[str, dict[str, float]]:
@@ -194,10 +196,11 @@ def _use(snapshot: Snapshot, pods: tuple[PodView, ...]) -> dict[str, dict[str, f
     nodes = {*snapshot.device_use, *after}
     result: dict[str, dict[str, float]] = {}
     for node in sorted(nodes):
-        seen = snapshot.device_use.get(node, {}).get(GPU_RESOURCE, 0.0)
-        own = before.get(node, {}).get(GPU_RESOURCE, 0.0)
-        others = max(0.0, seen - own)
-        result[node] = {GPU_RESOURCE: others + after.get(node, {}).get(GPU_RESOURCE, 0.0)}
+        seen, own, now = (found.get(node, {}) for found in (snapshot.device_use, before, after))
+        result[node] = {
+            name: max(0.0, seen.get(name, 0.0) - own.get(name, 0.0)) + now.get(name, 0.0)
+            for name in sorted({*seen, *now})
+        }
     return result
 
 

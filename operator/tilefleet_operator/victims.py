@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from tilefleet_operator.hardware import GPU_RESOURCE, NodeView, is_sick
-from tilefleet_operator.observed import PodView, Snapshot, WorkerStats
+from tilefleet_operator.hardware import NodeView, is_sick
+from tilefleet_operator.observed import DEVICE_PREFIX, PodView, Snapshot, WorkerStats
 
 
 def order_victims(pods: Iterable[PodView], snapshot: Snapshot) -> list[tuple[PodView, str]]:
@@ -49,5 +49,7 @@ def _place(pod: PodView, sick: bool, empties: bool, load: int | None) -> str:
 
 
 def _empties(pod: PodView, used: Mapping[str, Mapping[str, float]]) -> bool:
-    own = pod.requests.get(GPU_RESOURCE, 0.0)
-    return bool(own) and pod.node is not None and own >= used.get(pod.node, {}).get(GPU_RESOURCE, 0)
+    """Whether nobody else has devices on the pod's node."""
+    own = {k: v for k, v in pod.requests.items() if k.startswith(DEVICE_PREFIX)}
+    here = used.get(pod.node or "", {})
+    return pod.node is not None and bool(own) and all(own.get(k, 0.0) >= here[k] for k in here)

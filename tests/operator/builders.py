@@ -1,6 +1,8 @@
 """Builders of observed objects for the tests of the pure half, and Hypothesis strategies."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -14,15 +16,36 @@ from tilefleet_operator.observed import (
     Gauges,
     History,
     MissingStats,
+    NodeView,
     PodView,
     Snapshot,
     Step,
     WorkerStats,
+    node_view,
 )
 
 NOW = 1_800_000_000.0
 UID = "cr-uid"
 DEFAULTS = Defaults(worker_image="rocm:1", worker_cpu_image="cpu:1")
+
+
+AMD_NODES: dict[str, Any] = json.loads(
+    (Path(__file__).parent / "data" / "amd_nodes.json").read_text()
+)
+
+
+def node_object(kind: str, name: str = "") -> dict[str, Any]:
+    """A Node of data/amd_nodes.json, with the hostname label that every kubelet sets."""
+    body: dict[str, Any] = json.loads(json.dumps(AMD_NODES[kind]))
+    metadata = body["metadata"]
+    metadata["name"] = name or metadata["name"]
+    metadata["labels"]["kubernetes.io/hostname"] = metadata["name"]
+    return body
+
+
+def node(kind: str, name: str = "") -> NodeView:
+    """The view of node_object()."""
+    return node_view(node_object(kind, name))
 
 
 class Clock:

@@ -175,7 +175,7 @@ def test_explain_says_why_pending_and_why_not_each_node(cluster: PluginCluster, 
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     assert rows["spx8"].endswith("room for a replica")
     assert "1 of 1 amd.com/gpu are free, a replica needs 8" in rows["vf1"]
-    assert "no: offers amd.com/cpx_nps4" in rows["cpx64"]
+    assert "no: partition cpx_nps4, not 8 whole GPUs" in rows["cpx64"]
     assert "taint" in rows["sick"]
     assert "plain" not in rows
     assert "no AMD device" in run("explain", "llm", "--node", "plain")[1]

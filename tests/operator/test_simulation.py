@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from tests.operator.builders import DEFAULTS, NOW, amd, deployment, manual, snapshot
-from tests.operator.test_hardware import node
+from tests.operator.builders import DEFAULTS, NOW, amd, deployment, manual, node, snapshot
 from tilefleet_operator.simulation import World, simulate, trace
 
 
@@ -18,7 +17,7 @@ def test_new_fleet_is_one_step() -> None:
 
 
 def test_third_gpu_replica_stays_pending_and_is_explained() -> None:
-    nodes = tuple(replace(node("spx8"), name=f"n{i}") for i in range(2))
+    nodes = tuple(node("spx8", f"n{i}") for i in range(2))
     last, _ = trace(World(snapshot(amd(3), nodes=nodes), NOW), DEFAULTS, limit=60)[-1]
     placed = sorted(str(pod.node) for pod in last.snapshot.pods)
     assert placed == ["None", "n0", "n1"]
@@ -29,7 +28,7 @@ def test_third_gpu_replica_stays_pending_and_is_explained() -> None:
 
 
 def test_devices_of_others_are_not_given_twice() -> None:
-    nodes = (replace(node("spx8"), name="n0"),)
+    nodes = (node("spx8", "n0"),)
     found = snapshot(amd(2, count=4), nodes=nodes, device_use={"n0": {"amd.com/gpu": 4.0}})
     last, _ = trace(World(found, NOW), DEFAULTS, limit=60)[-1]
     assert sum(pod.ready for pod in last.snapshot.pods) == 1
@@ -45,7 +44,7 @@ def test_without_known_nodes_gpus_count_as_there() -> None:
 def test_gpu_rollout_without_surge_frees_devices_first() -> None:
     """One node, one replica of all its devices: the old one leaves before the new one comes."""
     rollout = {"maxSurge": 0, "maxUnavailable": 1}
-    nodes = (replace(node("spx8"), name="n0"),)
+    nodes = (node("spx8", "n0"),)
     settled, _ = trace(World(snapshot(amd(1, rollout=rollout), nodes=nodes), NOW), DEFAULTS)[-1]
     changed = amd(1, rollout=rollout, engine={"maxConcurrent": 7})
     changed = replace(changed, status=settled.snapshot.deployment.status)

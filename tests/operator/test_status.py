@@ -13,11 +13,11 @@ from tests.operator.builders import (
     children,
     deployment,
     manual,
+    node,
     pod,
     snapshot,
     stats,
 )
-from tests.operator.test_hardware import node
 from tilefleet_operator.conditions import TYPES
 from tilefleet_operator.crd import crd
 from tilefleet_operator.desired import revision

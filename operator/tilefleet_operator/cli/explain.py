@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tilefleet_operator import hardware
+from tilefleet_operator import hardware, placement
 from tilefleet_operator.autoscale import (
     BACKLOG_DRAIN_SECONDS,
     BACKLOG_TARGET,
@@ -21,7 +21,6 @@ from tilefleet_operator.cli.connection import connect
 from tilefleet_operator.cli.fleets import FleetView, Surroundings, fleet, surroundings
 from tilefleet_operator.cli.status import as_json, state
 from tilefleet_operator.errors import ConfigInvalid
-from tilefleet_operator.hardware import GPU_RESOURCE
 from tilefleet_operator.units import timestamp
 
 
@@ -146,17 +145,22 @@ def verdicts(view: FleetView, around: Surroundings, only: str | None) -> list[di
         elif not hardware.is_candidate(node):
             one["why"] = "no AMD device: neither a label of the labeller nor a device resource"
         else:
-            one |= _judged(hardware.fit(accelerator, [node], around.device_use))
+            one |= _judged(placement.fit(accelerator, [node], around.device_use))
         result.append(one)
     return result
 
 
-def _judged(fit: hardware.Fit) -> dict[str, Any]:
+def _judged(fit: placement.Fit) -> dict[str, Any]:
+    """The verdict on the one node of a judgement: room for any of the options, or why not."""
     if fit.refused:
         return {"why": fit.refused[0][1]}
-    (node,) = fit.matching
-    short = f"{node.free} of {node.total} {GPU_RESOURCE} are free, a replica needs {fit.devices}"
-    return {"free": node.free, "why": short if node.free < fit.devices else ""}
+    offers = [(option, node) for option in fit.options for node in option.matching]
+    room = next((node for option, node in offers if node.free >= option.count), None)
+    if room is not None:
+        return {"free": room.free, "why": ""}
+    option, node = offers[0]
+    short = f"{node.free} of {node.total} {option.resource} are free, a replica needs"
+    return {"free": node.free, "why": f"{short} {option.count}"}
 
 
 def _node_table(nodes: list[dict[str, Any]]) -> list[str]:

@@ -1,0 +1,97 @@
+"""The devices of one fleet: judged, given to new replicas, and reported.
+
+Joins the fleet's pods with placement.py, which knows no pods. Does not know why a replica is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tilefleet_operator import placement
+from tilefleet_operator.actions import Delete
+from tilefleet_operator.fleet import Fleet
+from tilefleet_operator.moves import Moves
+from tilefleet_operator.observed import (
+    ANNOTATION_ACCELERATOR,
+    ANNOTATION_PLACEMENT,
+    DEVICE_PREFIX,
+    PodView,
+    Snapshot,
+)
+from tilefleet_operator.options import Placement
+from tilefleet_operator.placement import Fit, Waiting
+
+
+def judged(snapshot: Snapshot, pods: Fleet) -> Fit | None:
+    """Judgement of the nodes, with the devices of this fleet's own active pods counted as free."""
+    accelerator = snapshot.deployment.spec.accelerator
+    if accelerator.vendor != "amd":
+        return None
+    others = {node: dict(used) for node, used in snapshot.device_use.items()}
+    for pod in pods.active:
+        used = others.get(pod.node or "", {})
+        for name, own in pod.requests.items():
+            if name.startswith(DEVICE_PREFIX):
+                used[name] = max(0.0, used.get(name, 0.0) - own)
+    return placement.fit(accelerator, snapshot.nodes, others)
+
+
+def places(snapshot: Snapshot, pods: Fleet) -> int:
+    """Replicas that find devices beside all that exist; looked at for unhealthy GPUs only."""
+    accelerator = snapshot.deployment.spec.accelerator
+    if accelerator.vendor != "amd" or all(pod.revision != pods.revision for pod in pods.old):
+        return 0
+    free = placement.fit(accelerator, snapshot.nodes, snapshot.device_use).replicas
+    return max(0, free - sum(pod.node is None for pod in pods.active))
+
+
+def assigned(
+    snapshot: Snapshot, pods: Fleet, fit: Fit | None, step: Moves
+) -> tuple[list[Delete], Sequence[Placement | None]]:
+    """Waiting pods to make anew for other devices, and the placement of each new pod.
+
+    step: the moves of this plan; what it removes is left alone here.
+    """
+    if fit is None:
+        return [], [None] * len(step.additions)
+    leaving = {removal.pod.uid for removal in step.removals}
+    by_uid = {pod.uid: pod for pod in pods.new if pod.uid not in leaving and _waits(pod)}
+    waiting = [
+        Waiting(
+            pod.uid,
+            pod.annotations.get(ANNOTATION_PLACEMENT, ""),
+            pod.annotations.get(ANNOTATION_ACCELERATOR, "what it asks for"),
+        )
+        for pod in by_uid.values()
+    ]
+    packing = snapshot.deployment.spec.accelerator.packing
+    free = fit.within(snapshot.device_use)
+    moved, found = placement.assign(free, waiting, len(step.additions), packing)
+    deletes = [Delete(by_uid[u].name, by_uid[u].namespace, u, why) for u, why in moved.items()]
+    return deletes, found
+
+
+def _waits(pod: PodView) -> bool:
+    return pod.node is None and pod.reason == "Unschedulable"
+
+
+def report(fit: Fit | None, pods: Fleet) -> dict[str, Any]:
+    """What matches, and which devices the active replicas were made for."""
+    if fit is None:
+        return {}
+    titles = [pod.annotations.get(ANNOTATION_ACCELERATOR, "") for pod in pods.active]
+    taken = next((option for option in fit.options if option.title in titles), fit.options[0])
+    found: dict[str, Any] = {
+        "resourceName": taken.resource,
+        "devicesPerReplica": taken.count,
+        "matchingNodes": len(fit.matching),
+    }
+    partitions = sorted({node.partition for node in taken.matching if node.partition})
+    memory = [node.bytes_per_device for node in taken.matching if node.bytes_per_device]
+    if partitions:
+        found["partition"] = ", ".join(partitions)
+    if memory:
+        found["memoryPerDevice"] = f"{min(memory) / 1e9:g}G"
+    placed = {title: titles.count(title) for title in sorted(set(titles)) if title}
+    return found | ({"placed": placed} if placed else {})

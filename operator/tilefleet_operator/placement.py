@@ -1,0 +1,170 @@
+"""Where replicas find room, over all options in order, and why the other nodes are refused.
+
+The first option with room is taken. Everything is made over sorted nodes. Does not know pods, only
+how many devices are in use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tilefleet_operator.accelerator import AcceleratorSpec
+from tilefleet_operator.affinity import HOSTNAME_KEY
+from tilefleet_operator.hardware import NodeView, is_candidate
+from tilefleet_operator.judgement import judge
+from tilefleet_operator.options import NodeFit, Option, Placement
+from tilefleet_operator.options import options as choice_options
+from tilefleet_operator.partitions import labels_stale
+
+Use = Mapping[str, Mapping[str, float]]
+_NAMELESS = f"its labels do not tell the partition, and it has no label {HOSTNAME_KEY}"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """All options in order, and every AMD node that none of them accepts, sorted, with the reason.
+
+    stale: nodes whose partition label contradicts Allocatable. mismatched: nodes refused for
+    nothing but their partition mode.
+    """
+
+    options: tuple[Option, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+    stale: tuple[tuple[str, str], ...] = ()
+    mismatched: int = 0
+
+    @property
+    def devices(self) -> int:
+        """Devices of one replica as the spec asks for it."""
+        return self.options[0].count
+
+    @property
+    def matching(self) -> tuple[NodeFit, ...]:
+        """Nodes of any option, each once, by name."""
+        found = {node.name: node for option in reversed(self.options) for node in option.matching}
+        return tuple(found[name] for name in sorted(found))
+
+    @property
+    def replicas(self) -> int:
+        """Replicas that fit, each whole on one node, all options taken in order."""
+        space, count = _Space(self), 0
+        for option in self.options:
+            for node in option.matching:
+                fits = space.free[node.name, option.resource] // option.count
+                space.free[node.name, option.resource] -= fits * option.count
+                count += fits
+        return count
+
+    def within(self, used: Use) -> Fit:
+        """The same judgement with other devices in use: node name → resource → devices."""
+        return replace(self, options=tuple(_within(option, used) for option in self.options))
+
+    def arithmetic(self, replicas: int) -> str:
+        """Why `replicas` fit or do not fit, as one sentence with the numbers of every option."""
+        if len(self.options) == 1:
+            return self.options[0].arithmetic(replicas) + self.refusals()
+        parts = [f"{option.title}: {option.arithmetic(replicas)}" for option in self.options]
+        return f"{self.replicas} of {replicas} replicas fit. {'. '.join(parts)}" + self.refusals()
+
+    def refusals(self) -> str:
+        """The refused nodes with their reasons, as the end of a sentence; empty without any."""
+        named = ", ".join(f"{name} ({why})" for name, why in self.refused[:5])
+        more = f" and {len(self.refused) - 5} more" if len(self.refused) > 5 else ""
+        return f"; refused: {named}{more}" if named else ""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A pod that the scheduler found no node for. key, title: of the option it was made for."""
+
+    uid: str
+    key: str
+    title: str
+
+
+class _Space:
+    """Devices that are still free while replicas are assigned one after the other."""
+
+    def __init__(self, fit: Fit) -> None:
+        self.free = {
+            (node.name, option.resource): node.free
+            for option in fit.options
+            for node in option.matching
+        }
+
+    def take(self, option: Option) -> NodeFit | None:
+        """The fullest node with room for one replica, its devices taken; None without room."""
+        free = {node: self.free[node.name, option.resource] for node in option.matching}
+        room = [node for node in option.matching if free[node] >= option.count]
+        if not room:
+            return None
+        node = min(room, key=lambda node: (free[node], node.name))
+        self.free[node.name, option.resource] -= option.count
+        return node
+
+
+def assign(
+    fit: Fit, waiting: Sequence[Waiting], count: int, packing: str
+) -> tuple[dict[str, str], list[Placement]]:
+    """UIDs of waiting pods that must be made anew for another option, with the reason of each,
+    and the placements of `count` new replicas.
+
+    A pod's demands cannot change, so one that waits for an option without room is replaced when
+    another option has room. New replicas without room anywhere wait for the first option.
+    """  # fmt: skip
+    space, moved = _Space(fit), {}
+    for pod in waiting:
+        own = next((option for option in fit.options if option.key == pod.key), None)
+        if own is not None and space.take(own):
+            continue
+        for option in fit.options:
+            if node := space.take(option):
+                moved[pod.uid] = (
+                    f"{pod.title} finds no node; {option.title} has room on {node.name}"
+                )
+                break
+    placements = []
+    for _ in range(count):
+        taken = ((option, space.take(option)) for option in fit.options)
+        option, node = next((pair for pair in taken if pair[1]), (fit.options[0], None))
+        host = node.host if node is not None and packing == "Pack" else ""
+        placements.append(Placement(option, host))
+    return moved, placements
+
+
+def fit(accelerator: AcceleratorSpec, nodes: Iterable[NodeView], used: Use) -> Fit:
+    """Judge every AMD node for every choice. used: node name → resource → devices others hold."""
+    known = sorted((n for n in nodes if is_candidate(n)), key=lambda n: n.name)
+    options: list[Option] = []
+    reasons: dict[str, tuple[str, bool]] = {}
+    for number, choice in enumerate(accelerator.choices):
+        resource = accelerator.resource_name if number == 0 else ""
+        judged = [judge(node, choice, accelerator, resource) for node in known]
+        for one in judged:
+            reasons.setdefault(one.node.name, (one.why, one.is_partition))
+        options += choice_options(number, choice, judged, resource)
+    accepted = {node.name for option in options for node in option.matching}
+    left = [node.name for node in known if node.name not in accepted]
+    refused = tuple((name, reasons[name][0] or _NAMELESS) for name in left)
+    mismatched = sum(reasons[name][1] for name, _ in refused)
+    stale = tuple((n.name, why) for n in known if (why := labels_stale(n)))
+    return Fit(tuple(options), refused, stale, mismatched).within(used)
+
+
+def unseen(accelerator: AcceleratorSpec) -> Placement:
+    """What a replica demands where no node is known: the same for ever, so a revision holds it."""
+    return Placement(fit(accelerator, (), {}).options[0])
+
+
+def _within(option: Option, used: Use) -> Option:
+    matching = tuple(
+        replace(node, free=max(0, node.total - math.ceil(_taken(node, option, used))))
+        for node in option.matching
+    )
+    return replace(option, matching=matching)
+
+
+def _taken(node: NodeFit, option: Option, used: Use) -> float:
+    return used.get(node.name, {}).get(option.resource, 0.0)
