@@ -28,6 +28,7 @@ def _number(value: str, digits: int) -> str:
 
 
 _WHOLE = "['Any', 'SPX']"
+_SPLIT = f"(f.count == 0 ? self.count : f.count) > 1 && !(f.partition.compute in {_WHOLE})"
 _SPANS = ", which gives wrong results; set count to 1 or compute to SPX"
 _NPS4 = (
     "{0}.partition.memory == 'NPS4' && {0}.products.exists(p, p == 'MI300X')"
@@ -92,12 +93,10 @@ RULES: Mapping[tuple[str, ...], list[dict[str, str]]] = {
             f" + self.partition.compute + '{_SPANS}'",
         ),
         _rule(
-            "self.fallbacks.all(f, (f.count == 0 ? self.count : f.count) <= 1"
-            f" || f.partition.compute in {_WHOLE})",
+            f"self.fallbacks.all(f, !({_SPLIT}))",
             "fallbacks: count must be 1 on partitions of a GPU",
             f"'fallbacks: a count above 1 spans partitions of mode '"
-            " + self.fallbacks.map(f, f.partition.compute).join(',')"
-            f" + '{_SPANS}'",
+            f" + self.fallbacks.filter(f, {_SPLIT})[0].partition.compute + '{_SPANS}'",
         ),
         _rule(
             f"!({_NPS4.format('self')}) && !self.fallbacks.exists(f, {_NPS4.format('f')})",
