@@ -75,10 +75,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix=st.integers(0, 20),
         tail=st.lists(st.integers(0, VOCAB - 1), max_size=12),
         max_tokens=st.integers(1, 30),
+        tenant=st.sampled_from(["", "a", "b"]),
+        priority=st.sampled_from([0, 0, -1, 5]),
     )
-    def add(self, prefix: int, tail: list[int], max_tokens: int) -> None:
+    def add(
+        self, prefix: int, tail: list[int], max_tokens: int, tenant: str, priority: int
+    ) -> None:
         prompt = [*range(prefix), *tail]
         request = ask(f"r{len(self.asked)}", prompt, max_tokens)
+        request = replace(request, tenant=tenant, priority=priority)
         refusal = self.scheduler.add(request)
         fits = len(prompt) > 0 and len(prompt) + max_tokens <= 48
         assert (refusal is None) == fits
@@ -350,6 +355,60 @@ def test_the_same_work_gives_the_same_plans() -> None:
         return seen
 
     assert plans() == plans()
+
+
+def order_of_answers(scheduler: Scheduler) -> list[str]:
+    """Ids in the order in which requests got their first token."""
+    return list(finish(scheduler))
+
+
+def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
+    scheduler = make(concurrent=1)
+    for index in range(20):
+        scheduler.add(replace(ask(f"flood{index:02}", [1, 2]), tenant="loud"))
+    step(scheduler)
+    for index in range(2):
+        scheduler.add(replace(ask(f"rare{index}", [1, 2]), tenant="quiet"))
+    order = ["flood00", *order_of_answers(scheduler)]
+    assert order.index("rare0") <= 3
+    assert order.index("rare1") <= 5
+
+
+def test_shares_are_of_tokens_not_of_requests() -> None:
+    """Long answers and short ones: both tenants get about the same tokens."""
+    scheduler = make(blocks=64, concurrent=1)
+    for index in range(12):
+        scheduler.add(replace(ask(f"long{index:02}", [1, 2], max_tokens=38), tenant="long"))
+        scheduler.add(replace(ask(f"short{index:02}", [1, 2], max_tokens=8), tenant="short"))
+    first = order_of_answers(scheduler)[:10]
+    assert sum(name.startswith("short") for name in first) == 8
+
+
+def test_an_idle_tenant_saves_nothing_up() -> None:
+    scheduler = make(concurrent=1)
+    scheduler.add(replace(ask("early", [1, 2]), tenant="a"))
+    for index in range(9):
+        scheduler.add(replace(ask(f"b{index}", [1, 2]), tenant="b"))
+    for _ in range(20):
+        step(scheduler)
+    for index in range(4):
+        scheduler.add(replace(ask(f"a{index}", [1, 2]), tenant="a"))
+    order = order_of_answers(scheduler)
+    assert [name[0] for name in order if name in ("a0", "a1") or name[0] == "b"].count("b") >= 4
+    assert order.index("a1") > order.index("a0") + 1
+
+
+def test_priority_goes_first_and_is_preempted_last() -> None:
+    scheduler = make(blocks=12, budget=64, concurrent=3)
+    for name, priority in (("late", 9), ("usual", 0), ("urgent", -5)):
+        scheduler.add(replace(ask(name, [len(name)] * 4, max_tokens=28), priority=priority))
+    plan, _ = step(scheduler)
+    assert [row.request_id for row in plan.rows] == ["urgent", "usual", "late"]
+    while scheduler.has_work:
+        before = scheduler._roster.by_id.get("urgent")
+        step(scheduler)
+        assert before is None or before.num_preemptions == 0
+    assert scheduler.gauges().counts["preemptions"] > 0
 
 
 class Ahead:

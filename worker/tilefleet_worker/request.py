@@ -155,6 +155,10 @@ class Request:
     """When it arrived, on the clock the engine was given. Only reported, never decided on."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    tenant: str = ""
+    """Whose request it is: tokens are shared out evenly between tenants that wait."""
+    priority: int = 0
+    """Smaller is served first, whatever the tenant; also preempted last."""
     constraint: TokenConstraint | None = field(default=None, compare=False)
     """The grammar of the answer. It has a state: a request that carries one is submitted once."""
 

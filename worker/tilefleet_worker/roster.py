@@ -1,4 +1,4 @@
-"""The roster: all requests in progress, who of them runs and who waits, each in order of age.
+"""The roster: all requests in progress, who of them runs and who waits, each in the order of turns.
 
 Owns the table and moves requests between the two lists, keeping lists, table and pool in step.
 Knows no budget and no policy: the scheduler decides.
@@ -12,7 +12,8 @@ import numpy as np
 
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.errors import EngineError
-from tilefleet_worker.request import Delta, FinishReason
+from tilefleet_worker.fair_order import FairOrder, Turn
+from tilefleet_worker.request import Delta, FinishReason, Request
 from tilefleet_worker.request_table import Ints, RequestTable
 from tilefleet_worker.sequence import Sequence
 
@@ -43,7 +44,7 @@ class SchedulerGauges:
 
 
 class Roster:
-    """`running` and `waiting` hold the oldest first; only the methods here change them."""
+    """`running` and `waiting` are in order of turns; only the methods here change them."""
 
     def __init__(self, pool: BlockPool, num_slots: int, max_total_tokens: int) -> None:
         self.pool = pool
@@ -53,12 +54,13 @@ class Roster:
         self.by_id: dict[str, Sequence] = {}
         self.by_slot: dict[int, Sequence] = {}
         self.counts = dict.fromkeys(_COUNTS, 0)
+        self._order = FairOrder()
         self._waiting_prompt_tokens = 0
         self._slots: Ints | None = None  # of `running`, until that changes
 
     @property
     def slots(self) -> Ints:
-        """Slots of the running requests, oldest first: the same array until one comes or goes."""
+        """Slots of the running requests, in order: the same array until one comes or goes."""
         if self._slots is None:
             self._slots = np.array([s.slot for s in self.running], np.int64)
         return self._slots
@@ -69,8 +71,9 @@ class Roster:
             return self.running
         return map(self.by_slot.__getitem__, slots.tolist())
 
-    def add(self, sequence: Sequence) -> None:
-        """Take in a new request: it waits."""
+    def add(self, request: Request, eos_token_ids: tuple[int, ...]) -> None:
+        """Take in a new request: it waits for its turn."""
+        sequence = Sequence(request, self._order.turn(request), eos_token_ids)
         self.by_id[sequence.request_id] = sequence
         self._wait(sequence)
 
@@ -78,15 +81,16 @@ class Roster:
         """Let a waiting request run. The pool must have the blocks that the hit does not cover."""
         first_time = sequence.num_cached_tokens is None
         self._stop_waiting(sequence)
+        self._order.admitted(sequence.turn)
         sequence.admit(self.table, self.pool, hit_blocks)
         if first_time:
             self.counts["prompt_tokens_cached"] += sequence.num_cached_tokens or 0
-        insort(self.running, sequence, key=_age)
+        insort(self.running, sequence, key=_turn)
         self.by_slot[sequence.slot] = sequence
         self._slots = None
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take a running request's blocks. It waits again, at its age, with its tokens."""
+        """Take a running request's blocks. It waits again, at its turn, with its tokens."""
         self._stop_running(sequence, publish=True)
         sequence.num_preemptions += 1
         self._wait(sequence)
@@ -101,6 +105,7 @@ class Roster:
     ) -> Delta:
         """The only place where a request ends: forget it and free its blocks."""
         del self.by_id[sequence.request_id]
+        self._order.settle(sequence.request, sequence.num_tokens)
         if sequence.is_running:
             # What a faulty request computed must not be found by others.
             self._stop_running(sequence, publish=reason != "error")
@@ -110,24 +115,24 @@ class Roster:
         cached = sequence.num_cached_tokens or 0
         return Delta(sequence.request_id, token_ids, reason, error, cached)
 
-    def oldest_first(self) -> list[Sequence]:
+    def in_order(self) -> list[Sequence]:
         """Everything in progress."""
-        return sorted(self.by_id.values(), key=_age)
+        return sorted(self.by_id.values(), key=_turn)
 
     def _stop_running(self, sequence: Sequence, *, publish: bool) -> None:
         if publish:
             sequence.publish(self.table, self.pool)
-        del self.running[bisect_left(self.running, sequence.order, key=_age)]
+        del self.running[bisect_left(self.running, sequence.turn, key=_turn)]
         del self.by_slot[sequence.slot]
         self._slots = None
         sequence.release(self.table, self.pool)
 
     def _wait(self, sequence: Sequence) -> None:
-        insort(self.waiting, sequence, key=_age)
+        insort(self.waiting, sequence, key=_turn)
         self._waiting_prompt_tokens += sequence.num_prompt_tokens
 
     def _stop_waiting(self, sequence: Sequence) -> None:
-        del self.waiting[bisect_left(self.waiting, sequence.order, key=_age)]
+        del self.waiting[bisect_left(self.waiting, sequence.turn, key=_turn)]
         self._waiting_prompt_tokens -= sequence.num_prompt_tokens
 
     def gauges(self) -> SchedulerGauges:
@@ -136,12 +141,18 @@ class Roster:
             running=len(self.running),
             waiting=len(self.waiting),
             waiting_prompt_tokens=self._waiting_prompt_tokens,
-            oldest_arrival_seconds=next((s.request.arrival_seconds for s in self.waiting), None),
+            oldest_arrival_seconds=self._oldest_arrival_seconds(),
             blocks_total=self.pool.num_blocks,
             blocks_used=self.pool.num_referenced,
             blocks_cached=self.pool.num_idle,
             counts=dict(self.counts),
         )
+
+    def _oldest_arrival_seconds(self) -> float | None:
+        """Arrival of the request that waits longest; `by_id` keeps the order of arrival."""
+        if not self.waiting:
+            return None
+        return next(s.request.arrival_seconds for s in self.by_id.values() if not s.is_running)
 
     def check_integrity(self) -> None:
         """Raise EngineError unless lists, table and pool agree."""
@@ -156,8 +167,8 @@ class Roster:
         if len(self.running) + table.num_free != table.num_slots:
             raise EngineError("a slot is lost or used twice")
         for ordered in (self.running, self.waiting):
-            if ordered != sorted(ordered, key=_age):
-                raise EngineError("a queue is not in order of age")
+            if ordered != sorted(ordered, key=_turn):
+                raise EngineError("a queue is not in order")
         if any(s.is_running for s in self.waiting):
             raise EngineError("a waiting request holds a slot")
         if self._waiting_prompt_tokens != sum(s.num_prompt_tokens for s in self.waiting):
@@ -171,5 +182,5 @@ class Roster:
             raise EngineError("a request was scheduled beyond its blocks")
 
 
-def _age(sequence: Sequence) -> int:
-    return sequence.order
+def _turn(sequence: Sequence) -> Turn:
+    return sequence.turn

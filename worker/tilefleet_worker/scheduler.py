@@ -5,7 +5,7 @@ hands out a budget until it is spent. Long prompts are thereby computed in chunk
 decodes of others; a prefix hit and a preemption only change how many tokens are computed.
 
 Why it always makes progress: a request that cannot fit the empty pool is refused at the door, the
-oldest running request may take the blocks of all younger ones, and ages never change.
+first running request may take the blocks of all behind it, and turns never change.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,6 @@ class Scheduler:
         self._roster = Roster(pool, num_slots, self.limits.max_total_tokens)
         self._table = self._roster.table
         self._eos_token_ids = eos_token_ids
-        self._next_order = 0
 
     @property
     def has_work(self) -> bool:
@@ -92,9 +91,7 @@ class Scheduler:
         if request.request_id in self._roster.by_id:
             message = f"Request id {request.request_id!r} is in flight: use another one."
             return Refusal(400, "duplicate_request_id", message, None)
-        sequence = Sequence(request, self._next_order, self._eos_token_ids)
-        self._next_order += 1
-        self._roster.add(sequence)
+        self._roster.add(request, self._eos_token_ids)
         return None
 
     # Scheduling ---------------------------------------------------------------------------------
@@ -152,10 +149,10 @@ class Scheduler:
         return StepPlan(table, owners, slots, epochs, starts, lengths, sample, ends > known)
 
     def _grow_running(self) -> bool:
-        """Give every running request a block for its next token, oldest first.
+        """Give every running request a block for its next token, in the order of turns.
 
-        Where blocks run out the youngest lose theirs. Returns whether that happened: a step that
-        preempts must not admit, or the two would undo each other.
+        Where blocks run out, those whose turn is last lose theirs. Returns whether that happened:
+        a step that preempts must not admit, or the two would undo each other.
         """
         table, slots, running = self._table, self._roster.slots, self._roster.running
         needed = -(-(table.num_tokens[slots] + table.num_ahead[slots]) // self.pool.block_size)
@@ -205,7 +202,7 @@ class Scheduler:
         return bool(roster.waiting) and len(roster.running) < self.max_concurrent
 
     def _admit_waiting(self, chunks: dict[int, int], budget: int, num_prompts: int) -> None:
-        """Admit what fits, oldest first. One that does not fit lets younger ones pass, bounded.
+        """Admit what fits, in order. One that does not fit lets later ones pass, bounded.
 
         One whose next block a running request is just computing waits for it: answers to the same
         prompt that arrive together share its blocks. num_prompts: running requests that have more
@@ -246,16 +243,16 @@ class Scheduler:
         return True
 
     def _growth_reserve(self) -> int:
-        """Blocks kept for running requests: all that the oldest can need, one for each other.
+        """Blocks kept for running requests: all that the first can need, one for each other.
 
-        With the oldest covered it always finishes, so every queue drains; covering all of them
+        With the first covered it always finishes, so every queue drains; covering all of them
         would waste most of the pool on answers that end early.
         """
         if not self._roster.running:
             return 0
-        oldest = self._roster.running[0]
-        total = self.pool.blocks_for(oldest.request.max_total_tokens)
-        return total - int(self._table.num_blocks[oldest.slot]) + self.num_running - 1
+        first = self._roster.running[0]
+        total = self.pool.blocks_for(first.request.max_total_tokens)
+        return total - int(self._table.num_blocks[first.slot]) + self.num_running - 1
 
     # Results ------------------------------------------------------------------------------------
 
@@ -380,8 +377,8 @@ class Scheduler:
         return [Delta(request_id, (), "error", message)]
 
     def end_all(self, reason: FinishReason, message: str | None) -> list[Delta]:
-        """End everything in progress, oldest first."""
-        return [self._roster.finish(s, reason, message) for s in self._roster.oldest_first()]
+        """End everything in progress, in order."""
+        return [self._roster.finish(s, reason, message) for s in self._roster.in_order()]
 
     # State --------------------------------------------------------------------------------------
 

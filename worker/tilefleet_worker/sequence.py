@@ -3,6 +3,7 @@
 from array import array
 
 from tilefleet_worker.block_pool import BlockPool, extend_chain
+from tilefleet_worker.fair_order import Turn
 from tilefleet_worker.history import TokenHistory
 from tilefleet_worker.request import Delta, Request, TokenLogprob
 from tilefleet_worker.request_table import RequestTable
@@ -14,12 +15,12 @@ NO_SLOT = -1
 class Sequence:
     """One accepted request. What every step reads is in the table, under `slot`."""
 
-    def __init__(self, request: Request, order: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, request: Request, turn: Turn, eos_token_ids: tuple[int, ...]) -> None:
         params = request.params
         own_end_ids = () if params.ignore_eos else eos_token_ids
         self.request = request
         self.request_id = request.request_id
-        self.order = order
+        self.turn = turn
         """Age: smaller is older. Kept over preemption."""
         self.token_ids = array("I", request.prompt_token_ids)
         """Prompt and committed answer."""
