@@ -77,14 +77,26 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template of the model does not parse: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt for these messages, up to where the assistant's answer begins.
 
+        options: further names that the template may read, such as enable_thinking.
         Raises RequestError 400 when the template refuses the messages or fails on them, or when it
         needs more than RENDER_SECONDS or OUTPUT_CHARACTERS.
         """
         self._deadline.start()
-        arguments = {"messages": messages, "add_generation_prompt": True, "tools": None}
+        arguments = {
+            **(options or {}),
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+        }
         try:
             return self._join(self._template.generate(arguments | self._names))
         except _Refused as error:

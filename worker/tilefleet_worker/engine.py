@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import EngineError
@@ -22,6 +22,7 @@ MAX_STEP_SAMPLES = 64
 MAX_RETRY_AFTER_SECONDS = 60
 
 Sink = Callable[[list[Delta]], None]
+Message = Request | tuple[str, Literal["abort", "stop"]]
 
 
 class StepRunner(Protocol):
@@ -62,8 +63,8 @@ class Engine:
         self._watchdog = Watchdog(config.stall_seconds)
         self._sink: Sink = _discard
         self._wake = threading.Condition()
-        # Under _wake: a Request is to be added, a string is the id of one to abort.
-        self._inbox: deque[Request | str] = deque()
+        # Under _wake: a Request is to be added; (id, reason) ends one.
+        self._inbox: deque[Message] = deque()
         self._inflight: set[str] = set()
         self._stopping = False
         self._draining = False
@@ -109,11 +110,14 @@ class Engine:
             self._wake.notify()
         return None
 
-    def abort(self, request_id: str) -> None:
-        """End a request early. Unknown and finished ids are ignored."""
+    def abort(self, request_id: str, reason: Literal["abort", "stop"] = "abort") -> None:
+        """End a request early. Unknown and finished ids are ignored.
+
+        reason: "stop" when its answer is complete, which only a reader of its text can see.
+        """
         with self._wake:
             if request_id in self._inflight:
-                self._inbox.append(request_id)
+                self._inbox.append((request_id, reason))
                 self._wake.notify()
 
     def drain(self) -> None:
@@ -228,7 +232,7 @@ class Engine:
         finally:
             self._abandon()
 
-    def _next_messages(self) -> list[Request | str] | None:
+    def _next_messages(self) -> list[Message] | None:
         """Wait for something to do. None means stop."""
         with self._wake:
             while not (self._stopping or self._inbox or self._scheduler.has_work):
@@ -239,13 +243,13 @@ class Engine:
             self._inbox.clear()
             return messages
 
-    def _turn(self, messages: list[Request | str]) -> list[Delta]:
+    def _turn(self, messages: list[Message]) -> list[Delta]:
         """Apply what arrived between steps, then make one step."""
         began = self._clock()
         deltas: list[Delta] = []
         for message in messages:
-            if isinstance(message, str):
-                deltas += self._scheduler.abort(message)
+            if isinstance(message, tuple):
+                deltas += self._scheduler.abort(*message)
             else:
                 deltas += self._add(message)
         plan = self._scheduler.schedule()

@@ -363,10 +363,10 @@ class Scheduler:
 
     # Endings ------------------------------------------------------------------------------------
 
-    def abort(self, request_id: str) -> list[Delta]:
-        """End a request at the caller's wish. An unknown id is ignored."""
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> list[Delta]:
+        """End a request from outside. An unknown id is ignored."""
         sequence = self._roster.by_id.get(request_id)
-        return [] if sequence is None else [self._roster.finish(sequence, "abort", None)]
+        return [] if sequence is None else [self._roster.finish(sequence, reason, None)]
 
     def fail(self, request_id: str, message: str) -> list[Delta]:
         """End one request with an error, also one that was never queued."""

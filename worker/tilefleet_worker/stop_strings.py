@@ -12,9 +12,13 @@ class StopMatcher:
     character, so the result does not depend on how the text was cut into pieces.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        """stops: non-empty stop strings; none at all makes this a pass-through."""
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """stops: non-empty stop strings; none at all makes this a pass-through.
+
+        include: show the stop string that ended the answer.
+        """
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
         self.matched: str | None = None
 
@@ -39,12 +43,12 @@ class StopMatcher:
         return held
 
     def _find(self, text: str) -> int | None:
-        """Where the first complete stop string begins, or None."""
+        """Where the text before the first complete stop string ends, or None."""
         hits = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if not hits:
             return None
-        _, at, self.matched = min(hits)
-        return at
+        end, at, self.matched = min(hits)
+        return end if self._include else at
 
     def _longest_open_prefix(self, text: str) -> int:
         """Characters at the end of the text that could be the beginning of a stop string."""

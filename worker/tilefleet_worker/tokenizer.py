@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from tilefleet_worker.errors import ModelError
 # A token that ends in the middle of a character decodes to U+FFFD; one character needs at most four
 # byte tokens, so text that still ends in U+FFFD after that many is broken for good and is let go.
 _MAX_HELD_TOKENS = 4
+# SentencePiece spells bytes without a token of their own like this.
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Detokenizer(Protocol):
@@ -86,9 +89,21 @@ class Tokenizer:
         text: str = self._fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh detokenizer for one answer; special tokens have no text."""
-        return _ByteDetokenizer(self) if self._byte_level else _WindowDetokenizer(self)
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh detokenizer for one answer."""
+        kind = _ByteDetokenizer if self._byte_level else _WindowDetokenizer
+        return kind(self, skip_special_tokens)
+
+    def spelling(self, token_id: int) -> bytes:
+        """Bytes of one token by itself, special ones spelled out; may be a part of a character."""
+        token = self._fast.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level and not self.is_special(token_id):
+            return self.token_bytes(token_id)
+        if _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode()
 
     def is_special(self, token_id: int) -> bool:
         """True for tokens without text, such as end-of-sequence, and ids beyond the vocabulary."""
@@ -107,8 +122,8 @@ class Tokenizer:
 class _ByteDetokenizer:
     """Exact for byte-level tokenizers: bytes in, UTF-8 out, incomplete characters wait."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._token_bytes = tokenizer.token_bytes
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._token_bytes = tokenizer.token_bytes if skip_special_tokens else tokenizer.spelling
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -125,15 +140,16 @@ class _WindowDetokenizer:
     SentencePiece's treat the first token of a text differently (they drop its leading space).
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._skips = skip_special_tokens
         self._context: list[int] = []
         self._held: list[int] = []
 
     def push(self, token_ids: Sequence[int]) -> str:
         pieces = []
         for token_id in token_ids:
-            if not self._tokenizer.is_special(token_id):
+            if not (self._skips and self._tokenizer.is_special(token_id)):
                 self._held.append(token_id)
                 pieces.append(self._emit(final=False))
         return "".join(pieces)
@@ -142,13 +158,16 @@ class _WindowDetokenizer:
         return self._emit(final=True)
 
     def _emit(self, *, final: bool) -> str:
-        before = self._tokenizer.decode(self._context)
-        after = self._tokenizer.decode(self._context + self._held)
+        before = self._decode(self._context)
+        after = self._decode(self._context + self._held)
         waits = after.endswith("�") and len(self._held) < _MAX_HELD_TOKENS
         if not self._held or (waits and not final):
             return ""
         self._context, self._held = self._held, []
         return after[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skips)
 
 
 def _is_byte_level(fast: FastTokenizer) -> bool:

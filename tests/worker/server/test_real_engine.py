@@ -3,87 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
-import numpy
 import openai
 import pytest
-from safetensors.numpy import save_file
 
 COMMAND = [sys.executable, "-m", "tilefleet_worker", "serve"]
 FLAGS = ["--host", "127.0.0.1", "--port", "0", "--admin-port", "0", "--removal-delay", "0s"]
-LAYER = {
-    "input_layernorm": (64,),
-    "self_attn.q_proj": (64, 64),
-    "self_attn.k_proj": (32, 64),
-    "self_attn.v_proj": (32, 64),
-    "self_attn.o_proj": (64, 64),
-    "self_attn.q_norm": (16,),
-    "self_attn.k_norm": (16,),
-    "post_attention_layernorm": (64,),
-    "mlp.gate_proj": (128, 64),
-    "mlp.up_proj": (128, 64),
-    "mlp.down_proj": (64, 128),
-}
 SMALL = ["--kv-cache-memory", "4Mi", "--threads", "1"]
-
-
-def write_model(folder: Path) -> None:
-    """A random Qwen3 with the byte tokenizer's vocabulary, in Hugging Face layout.
-
-    Written with numpy: importing transformers costs more than all tests here. That the engine's
-    tokens equal those of transformers is proved beside the engine.
-    """
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": 264,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        "bos_token_id": 257,
-        "eos_token_id": 256,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    random = numpy.random.default_rng(7)
-    shapes = {"embed_tokens.weight": (264, 64), "norm.weight": (64,)}
-    for layer in range(2):
-        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in LAYER.items()}
-    tensors = {
-        f"model.{name}": (
-            random.standard_normal(shape, numpy.float32) * 0.2
-            if len(shape) == 2
-            else numpy.ones(shape, numpy.float32)
-        )
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, folder / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tokenizer_folder):
-    folder = tmp_path_factory.mktemp("real") / "qwen3-tiny"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text((tokenizer_folder / name).read_text())
-    write_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def real(model, start_real):
-    return start_real("--model", f"file://{model}", *SMALL).wait_ready()
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from openai._streaming import SSEDecoder
 
 from tilefleet_worker.config import parse_args
 from tilefleet_worker.request import Delta, Request, SamplingParams
-from tilefleet_worker.server.answers import Answer, AnswerDesk, Job, Piece
+from tilefleet_worker.server.answer import Answer, Piece
+from tilefleet_worker.server.answers import AnswerDesk, Job
 from tilefleet_worker.server.formats import ChatFormat, Envelope, TextFormat, event
 from tilefleet_worker.server.metrics import Metrics
 from tilefleet_worker.server.protocol import StreamOptions
@@ -34,7 +35,7 @@ class StillEngine:
     def submit(self, request):
         return None
 
-    def abort(self, request_id):
+    def abort(self, request_id, reason):
         self.aborted.append(request_id)
 
 
@@ -63,9 +64,9 @@ def open_stream(tokenizer_folder, keep_alive_seconds=15.0):
     desk.connect(engine, asyncio.get_running_loop())
     tokenizer = Tokenizer.load(tokenizer_folder)
     request = Request("r-0", (1, 2), SamplingParams(max_tokens=9), 0.0)
-    job = Job(desk, [Answer(0, request, tokenizer.detokenizer(), [])])
+    job = Job(desk, [Answer(0, request, tokenizer.detokenizer())])
     job.submit()
-    envelope = Envelope("r", 1, "tiny", TextFormat())
+    envelope = Envelope("r", 1, "tiny", TextFormat(tokenizer))
     stream = EventStream(job, envelope, StreamOptions(), keep_alive_seconds)
     client = Client()
     task = asyncio.create_task(stream({}, client.receive, client.send))
@@ -109,8 +110,8 @@ texts = st.text(max_size=20)
 
 
 @given(st.lists(texts, min_size=1, max_size=8), st.lists(st.integers(1, 400), max_size=20))
-def test_stream_parses_under_any_split_of_its_bytes(pieces, cuts):
-    envelope = Envelope("chatcmpl-1", 1, "m", ChatFormat())
+def test_stream_parses_under_any_split_of_its_bytes(tokenizer_folder, pieces, cuts):
+    envelope = Envelope("chatcmpl-1", 1, "m", ChatFormat(Tokenizer.load(tokenizer_folder)))
     chunks = [Piece(0, text, None) for text in pieces] + [Piece(0, "", "stop")]
     data = b"".join(
         event(envelope.chunk([choice]))

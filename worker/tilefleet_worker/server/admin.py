@@ -15,7 +15,7 @@ from starlette.routing import Route
 from tilefleet_worker.errors import RequestError
 from tilefleet_worker.server.drain import Drain
 from tilefleet_worker.server.metrics import CONTENT_TYPE, Metrics
-from tilefleet_worker.server.protocol import parse
+from tilefleet_worker.server.parsing import parse
 from tilefleet_worker.server.replies import ApiError, error_response
 from tilefleet_worker.server.state import WorkerState
 

@@ -8,71 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.request import Delta, Request
+from tilefleet_worker.server.answer import Answer, Piece
 from tilefleet_worker.server.metrics import Metrics
 from tilefleet_worker.server.replies import ApiError, draining, internal_error
-from tilefleet_worker.stop_strings import StopMatcher
-
-if TYPE_CHECKING:
-    from tilefleet_worker.tokenizer import Detokenizer
-
-EndReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one delta added to an answer. `end` is set on the last piece."""
-
-    index: int
-    text: str
-    end: EndReason | None
-
-
-class Answer:
-    """The text of one request: detokenised, cut at stop strings, counted."""
-
-    def __init__(
-        self, index: int, request: Request, detokenizer: Detokenizer, stops: Sequence[str]
-    ) -> None:
-        self.index = index
-        self.request = request
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.started_seconds = time.monotonic()
-        self.first_token_seconds: float | None = None
-        self.last_token_seconds = self.started_seconds
-        self.end: EndReason | None = None
-        self._detokenizer = detokenizer
-        self._matcher = StopMatcher(stops)
-
-    def take(self, delta: Delta) -> Piece:
-        """The piece that a delta adds. Sets `end`, by the delta's reason or by a stop string."""
-        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        visible = len(delta.token_ids) - (delta.finish_reason == "stop")
-        text = ""
-        for position, token_id in enumerate(delta.token_ids):
-            self.num_tokens += 1
-            # The token that stopped the request has no text, even if it is an ordinary one.
-            piece = self._detokenizer.push([token_id]) if position < visible else ""
-            text += self._shown(piece)
-            if self._matcher.matched is not None:
-                self.end = "stop"
-                return Piece(self.index, text, "stop")
-        if delta.finish_reason in ("stop", "length"):
-            text += self._matcher.push(self._detokenizer.finish())
-            text += self._matcher.finish()
-            self.end = "stop" if self._matcher.matched is not None else delta.finish_reason
-        return Piece(self.index, text, self.end)
-
-    def _shown(self, piece: str) -> str:
-        """Text that may be shown; stop strings count only after min_tokens tokens."""
-        if self.num_tokens <= self.request.params.min_tokens:
-            return piece
-        return self._matcher.push(piece)
 
 
 class Job:
@@ -148,14 +89,15 @@ class Job:
         piece = answer.take(delta)
         if piece.end is not None:
             metrics.finish(answer, piece.end)
-            self._desk.release(answer.request.request_id)
+            self._desk.release(answer.request.request_id, ended=True)
         return piece
 
     def usage(self) -> dict[str, object]:
         """The `usage` object over all answers: tokens, including those without text."""
-        prompt = sum(len(answer.request.prompt_token_ids) for answer in self.answers)
+        firsts = [answer for answer in self.answers if answer.counts_prompt]
+        prompt = sum(len(answer.request.prompt_token_ids) for answer in firsts)
         completion = sum(answer.num_tokens for answer in self.answers)
-        cached = sum(answer.num_cached_tokens for answer in self.answers)
+        cached = sum(answer.num_cached_tokens for answer in firsts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -200,10 +142,13 @@ class AnswerDesk:
             self.metrics.refuse(refusal.code)
             raise ApiError.of(refusal)
 
-    def release(self, request_id: str) -> None:
-        """Forget an answer and abort it in the engine; harmless when it has ended."""
+    def release(self, request_id: str, *, ended: bool = False) -> None:
+        """Forget an answer and end it in the engine; harmless when the engine has ended it.
+
+        ended: the answer is complete, by a stop string, and not given up.
+        """
         if self._queues.pop(request_id, None) is not None and self._engine is not None:
-            self._engine.abort(request_id)
+            self._engine.abort(request_id, "stop" if ended else "abort")
 
     def cut(self) -> None:
         """End every open answer with a `draining` error: the drain's time is over."""

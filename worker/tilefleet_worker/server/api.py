@@ -12,20 +12,28 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from tilefleet_worker.request import Request, SamplingParams
-from tilefleet_worker.server.answers import Answer, AnswerDesk, Job, not_ready
+from tilefleet_worker.server.answers import AnswerDesk, Job, not_ready
 from tilefleet_worker.server.formats import ChatFormat, Envelope, Format, TextFormat
+from tilefleet_worker.server.parsing import parse
 from tilefleet_worker.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     Sampling,
     TokenizeRequest,
-    parse,
 )
 from tilefleet_worker.server.replies import ApiError, draining, invalid_value
 from tilefleet_worker.server.state import Service, WorkerState
 from tilefleet_worker.server.stream import EventStream, whole_reply
+from tilefleet_worker.server.submission import (
+    Caller,
+    Prompt,
+    answers,
+    check,
+    room,
+    sampling_params,
+    truncated,
+)
 
 # Above this many characters tokenizing takes milliseconds: a thread keeps other streams flowing.
 _THREAD_CHARACTERS = 8192
@@ -58,64 +66,76 @@ class Api:
             raise invalid_value(
                 "messages", "The model has no chat template: use /v1/completions with a prompt."
             )
+        check(body, 1)
         messages = [message.for_template() for message in body.messages]
         size = sum(len(message["content"]) for message in messages)
         _check_size(service, size, "messages")
+        options: dict[str, Any] = {
+            str(name): value for name, value in body.chat_template_kwargs.items()
+        }
+        if body.reasoning_effort is not None:
+            options.setdefault("reasoning_effort", body.reasoning_effort)
 
         def tokens() -> list[int]:
-            return service.tokenizer.encode(template.render(messages), add_special_tokens=False)
+            text = template.render(
+                messages, add_generation_prompt=body.add_generation_prompt, options=options
+            )
+            return service.tokenizer.encode(text, add_special_tokens=False)
 
-        prompt = await _compute(size, tokens)
-        room = _room(service, prompt, "messages")
-        return await self._reply(http, body, ChatFormat(), [prompt], room)
+        prompt = Prompt(truncated(body, await _compute(size, tokens)))
+        default = room(service, prompt.token_ids, "messages")
+        words = ChatFormat(service.tokenizer, logprobs=body.logprobs)
+        return await self._reply(http, body, words, [prompt], default)
 
     async def completions(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
         body = parse(CompletionRequest, await http.body())
         service = self._admit(body.model)
-
+        check(body, len(body.prompt))
         for text in body.prompt:
             if isinstance(text, str):
                 _check_size(service, len(text), "prompt")
 
-        def tokens() -> list[list[int]]:
-            encode = service.tokenizer.encode
-            return [encode(p) if isinstance(p, str) else p for p in body.prompt]
+        def prompt_of(given: str | list[int]) -> Prompt:
+            if isinstance(given, str):
+                return Prompt(truncated(body, service.tokenizer.encode(given)), given)
+            return Prompt(truncated(body, given))
+
+        def tokens() -> list[Prompt]:
+            return [prompt_of(given) for given in body.prompt]
 
         prompts = await _compute(sum(map(len, body.prompt)), tokens)
-        room = min(_room(service, prompt, "prompt") for prompt in prompts)
-        default = min(room, max(_DEFAULT_COMPLETION_TOKENS, body.min_tokens))
-        return await self._reply(http, body, TextFormat(), prompts, default)
+        most = min(room(service, prompt.token_ids, "prompt") for prompt in prompts)
+        default = min(most, max(_DEFAULT_COMPLETION_TOKENS, body.min_tokens))
+        num_each = body.best_of or body.n
+        words = TextFormat(
+            service.tokenizer,
+            logprobs=body.logprobs is not None,
+            echoed=[p.token_ids for p in prompts for _ in range(num_each)] if body.echo else (),
+        )
+        num_best = body.n if num_each > body.n else None
+        return await self._reply(http, body, words, prompts, default, num_best)
 
     async def _reply(
         self,
         http: HttpRequest,
         body: Sampling,
         words: Format,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Prompt],
         default_max_tokens: int,
+        num_best: int | None = None,
     ) -> Response:
-        """Submit one request a prompt and answer with the stream or the whole."""
+        """Submit the answers to all prompts and reply with the stream or the whole."""
         service = self._admit(body.model)
-        params = _sampling(body, default_max_tokens)
+        params = sampling_params(service, body, default_max_tokens)
         name = words.id_prefix + uuid.uuid4().hex
-        salt = getattr(http.state, "key_id", "")
-        now = time.monotonic()
-        answers = [
-            Answer(
-                index,
-                Request(f"{name}-{index}", tuple(prompt), params, now, salt),
-                service.tokenizer.detokenizer(),
-                body.stop,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-        job = Job(self._desk, answers)
+        caller = Caller(getattr(http.state, "key_id", ""))
+        job = Job(self._desk, answers(service, body, params, prompts, name, caller))
         envelope = Envelope(name, int(time.time()), self._state.model_name, words)
         job.submit()
         if body.stream:
             return EventStream(job, envelope, body.stream_options)
-        return JSONResponse(await whole_reply(job, envelope, http.receive))
+        return JSONResponse(await whole_reply(job, envelope, http.receive, num_best))
 
     async def models(self, http: HttpRequest) -> Response:
         """GET /v1/models."""
@@ -212,28 +232,3 @@ def _check_size(service: Service, num_characters: int, param: str) -> None:
             f"{service.max_total_tokens} tokens of prompt and answer: shorten the prompt."
         )
         raise ApiError(400, "context_length_exceeded", message, param)
-
-
-def _room(service: Service, prompt: Sequence[int], param: str) -> int:
-    """Tokens that an answer to this prompt can have. Raises ApiError 400 when there are none."""
-    room = service.max_total_tokens - len(prompt)
-    if room < 1:
-        message = (
-            f"The prompt has {len(prompt)} tokens; prompt and answer together may have "
-            f"{service.max_total_tokens}: shorten the prompt."
-        )
-        raise ApiError(400, "context_length_exceeded", message, param)
-    return room
-
-
-def _sampling(body: Sampling, default_max_tokens: int) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=default_max_tokens if body.max_tokens is None else body.max_tokens,
-        temperature=body.temperature,
-        top_k=max(0, body.top_k),
-        top_p=body.top_p,
-        seed=body.seed,
-        stop_token_ids=tuple(body.stop_token_ids),
-        ignore_eos=body.ignore_eos,
-        min_tokens=body.min_tokens,
-    )

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tilefleet_worker.server.answers import Piece
+from tilefleet_worker.server.answer import Answer, Piece
+from tilefleet_worker.server.logprob_format import (
+    CompletionLogprobs,
+    chat_logprobs,
+    prompt_logprobs,
+)
+
+if TYPE_CHECKING:
+    from tilefleet_worker.tokenizer import Tokenizer
 
 
 class Format(Protocol):
-    """How one endpoint words its choices."""
+    """How one endpoint words its choices. Made for one reply: it may count."""
 
     whole_object: str
     chunk_object: str
@@ -23,8 +31,8 @@ class Format(Protocol):
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """Choices for one piece, one event each; none when it changed nothing visible."""
 
-    def whole(self, index: int, text: str, end: str) -> dict[str, Any]:
-        """The choice of a complete answer."""
+    def whole(self, answer: Answer, piece: Piece) -> dict[str, Any]:
+        """The choice of a complete answer, whose pieces are joined to one."""
 
 
 class ChatFormat:
@@ -34,21 +42,37 @@ class ChatFormat:
     chunk_object = "chat.completion.chunk"
     id_prefix = "chatcmpl-"
 
+    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+
     def opening(self, index: int) -> list[dict[str, Any]]:
         """The role, once."""
         return [_chat_chunk(index, {"role": "assistant", "content": ""}, None)]
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """Text in one event; the end in a further one with an empty delta."""
-        found = [_chat_chunk(piece.index, {"content": piece.text}, None)] if piece.text else []
+        found = []
+        logprobs = self._logprobs_of(piece)
+        if piece.text or logprobs is not None:
+            found.append(_chat_chunk(piece.index, {"content": piece.text}, None, logprobs))
         if piece.end is not None:
             found.append(_chat_chunk(piece.index, {}, piece.end))
         return found
 
-    def whole(self, index: int, text: str, end: str) -> dict[str, Any]:
+    def whole(self, answer: Answer, piece: Piece) -> dict[str, Any]:
         """The message."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": end}
+        choice = {
+            "index": piece.index,
+            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "logprobs": self._logprobs_of(piece),
+            "finish_reason": piece.end,
+        }
+        return choice | _prompt_scores(self._tokenizer, answer, piece)
+
+    def _logprobs_of(self, piece: Piece) -> dict[str, Any] | None:
+        wanted = self._logprobs and piece.logprobs
+        return chat_logprobs(self._tokenizer, piece.logprobs) if wanted else None
 
 
 class TextFormat:
@@ -58,21 +82,69 @@ class TextFormat:
     chunk_object = "text_completion"
     id_prefix = "cmpl-"
 
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool = False,
+        echoed: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """echoed: tokens of the prompt of each answer, when they are a part of it."""
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._echoed = echoed
+        self._by_index: dict[int, CompletionLogprobs] = {}
+
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Nothing: a text has no role."""
         return []
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """Text and end in one event."""
-        return [self.whole(piece.index, piece.text, piece.end)] if piece.text or piece.end else []
+        shown = piece.text or piece.end or (self._logprobs and piece.logprobs)
+        return [self._choice(piece, piece.index)] if shown else []
 
-    def whole(self, index: int, text: str, end: str | None) -> dict[str, Any]:
+    def whole(self, answer: Answer, piece: Piece) -> dict[str, Any]:
         """The text."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": end}
+        return self._choice(piece, answer.index) | _prompt_scores(self._tokenizer, answer, piece)
+
+    def _choice(self, piece: Piece, place: int) -> dict[str, Any]:
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": self._logprobs_of(piece, place) if self._logprobs else None,
+            "finish_reason": piece.end,
+        }
+
+    def _logprobs_of(self, piece: Piece, place: int) -> dict[str, Any]:
+        """place: index of the answer; that of its choice may differ with best_of."""
+        first = place not in self._by_index
+        words = self._by_index.setdefault(place, CompletionLogprobs(self._tokenizer))
+        if not (first and self._echoed):
+            return words.of(piece.logprobs)
+        return words.of((*piece.prompt_logprobs, *piece.logprobs), self._echoed[place])
 
 
-def _chat_chunk(index: int, delta: Mapping[str, str], end: str | None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": end}
+def _prompt_scores(tokenizer: Tokenizer, answer: Answer, piece: Piece) -> dict[str, Any]:
+    if not answer.shows_prompt_logprobs:
+        return {}
+    return {"prompt_logprobs": prompt_logprobs(tokenizer, piece.prompt_logprobs)}
+
+
+def _chat_chunk(
+    index: int, delta: Mapping[str, str], end: str | None, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of one answer as one."""
+    return replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        prompt_logprobs=tuple(entry for piece in pieces for entry in piece.prompt_logprobs),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,10 @@ MAX_PROMPTS = 64
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_N = 128
+MAX_ANSWERS = 512  # of all prompts of one request together
+MAX_BAD_WORDS = 128
+MAX_BIASED_TOKENS = 300
 
 
 class Limits:

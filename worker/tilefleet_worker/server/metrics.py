@@ -15,7 +15,7 @@ from tilefleet_worker.server.engine_metrics import EngineCollector
 from tilefleet_worker.server.state import WorkerState
 
 if TYPE_CHECKING:
-    from tilefleet_worker.server.answers import Answer
+    from tilefleet_worker.server.answer import Answer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISHED_REASONS = ("stop", "length", "abort", "error", "repetition")
@@ -162,25 +162,26 @@ class Metrics:
         if count == 0:
             return
         self._counters["generation_tokens"].inc(count)
-        if answer.first_token_seconds is None:
-            answer.first_token_seconds = answer.last_token_seconds = now
-            self._histograms["time_to_first_token_seconds"].observe(now - answer.started_seconds)
+        timing = answer.timing
+        if timing.first_token is None:
+            timing.first_token = timing.last_token = now
+            self._histograms["time_to_first_token_seconds"].observe(now - timing.started)
             return
         for _ in range(count):
-            gap = (now - answer.last_token_seconds) / count
+            gap = (now - timing.last_token) / count
             self._histograms["inter_token_latency_seconds"].observe(gap)
-        answer.last_token_seconds = now
+        timing.last_token = now
 
     def finish(self, answer: Answer, reason: str) -> None:
         """Count the end of an answer. reason: one of FINISHED_REASONS."""
         self._labelled["request_success"][reason].inc()
-        first = answer.first_token_seconds
-        if first is None:
+        timing = answer.timing
+        if timing.first_token is None:
             return
         self._prompt(len(answer.request.prompt_token_ids), answer.num_cached_tokens)
-        decode = answer.last_token_seconds - first
+        decode = timing.last_token - timing.first_token
         observed = {
-            "e2e_request_latency_seconds": answer.last_token_seconds - answer.started_seconds,
+            "e2e_request_latency_seconds": timing.last_token - timing.started,
             "request_decode_time_seconds": decode,
             "request_generation_tokens": answer.num_tokens,
             "request_max_num_generation_tokens": answer.request.params.max_tokens,

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tilefleet_worker.server.answers import Job, Piece
-from tilefleet_worker.server.formats import Envelope, event
+from tilefleet_worker.server.answer import Answer, Piece
+from tilefleet_worker.server.answers import Job
+from tilefleet_worker.server.formats import Envelope, event, joined
 from tilefleet_worker.server.protocol import StreamOptions
 from tilefleet_worker.server.replies import ApiError, error_body, internal_error
 
@@ -127,25 +129,43 @@ class EventStream(Response):
         return event(self._envelope.chunk([]) | {"usage": self._job.usage()}) + DONE
 
 
-async def whole_reply(job: Job, envelope: Envelope, receive: Receive) -> dict[str, Any]:
+async def whole_reply(
+    job: Job, envelope: Envelope, receive: Receive, num_best: int | None = None
+) -> dict[str, Any]:
     """The complete reply of a submitted job, which it closes.
 
+    num_best: show only that many answers to each prompt, the likeliest ones a token.
     Raises ApiError when the job fails and ClientGone when nobody waits for it any more.
     """
     try:
-        texts = await until_disconnect(receive, _collect(job))
+        pieces = await until_disconnect(receive, _collect(job))
     finally:
         job.close()
-    choices = [
-        envelope.format.whole(answer.index, texts[answer.index], answer.end or "stop")
-        for answer in job.answers
-    ]
+    kept = job.answers if num_best is None else best_of(job.answers, num_best)
+    choices = []
+    for index, answer in enumerate(kept):
+        piece = replace(joined(pieces[answer.index]), index=index)
+        choices.append(envelope.format.whole(answer, piece))
     return envelope.whole(choices, job.usage())
 
 
-async def _collect(job: Job) -> list[str]:
-    parts: list[list[str]] = [[] for _ in job.answers]
+async def _collect(job: Job) -> list[list[Piece]]:
+    pieces: list[list[Piece]] = [[] for _ in job.answers]
     async for piece in job.pieces(KEEP_ALIVE_SECONDS):
         if piece is not None:
-            parts[piece.index].append(piece.text)
-    return ["".join(part) for part in parts]
+            pieces[piece.index].append(piece)
+    return pieces
+
+
+def best_of(answers: Sequence[Answer], num_best: int) -> list[Answer]:
+    """Of the answers to each prompt those with the highest log probability a token, best first."""
+    groups: list[list[Answer]] = []
+    for answer in answers:
+        if answer.counts_prompt:
+            groups.append([])
+        groups[-1].append(answer)
+    return [a for group in groups for a in sorted(group, key=_unlikeliness)[:num_best]]
+
+
+def _unlikeliness(answer: Answer) -> float:
+    return -answer.total_logprob / max(1, answer.num_tokens)
