@@ -211,6 +211,15 @@ class Rollout(Model):
         return self
 
 
+class Monitoring(Model):
+    """What is set up for the fleet's metrics."""
+
+    pod_monitor: Literal["auto", "disabled"] = Field(
+        default="auto",
+        description="auto: a PodMonitor when the cluster has them, for the Prometheus operator.",
+    )
+
+
 class Spec(Model):
     """What the user wants."""
 
@@ -224,6 +233,7 @@ class Spec(Model):
     )
     autoscaling: Autoscaling = Field(default_factory=Autoscaling, description="Fleet size.")
     rollout: Rollout = Field(default_factory=Rollout, description="Replacing revisions.")
+    monitoring: Monitoring = Field(default_factory=Monitoring, description="Metrics.")
     paused: bool = Field(default=False, description="Change no pods; only report.")
 
 
@@ -243,6 +253,11 @@ class InferenceDeployment:
     def served_name(self) -> str:
         """Model name that clients ask for."""
         return self.spec.model.name or self.name
+
+    @property
+    def service_account(self) -> str:
+        """Name of the pods' ServiceAccount; not the fleet's own, which may be `default`."""
+        return f"{self.name}-worker"
 
 
 def parse(obj: Mapping[str, Any]) -> InferenceDeployment:

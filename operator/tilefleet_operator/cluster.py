@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tilefleet_operator import children
 from tilefleet_operator.api import PLURAL, InferenceDeployment, parse
 from tilefleet_operator.cache import Key, ObjectCache, child_key, version
 from tilefleet_operator.client import ApiClient
@@ -25,9 +26,19 @@ from tilefleet_operator.observed import (
     node_view,
     pod_view,
 )
-from tilefleet_operator.resources import DEPLOYMENTS, NODES, PODS, REVISIONS, SERVICES
+from tilefleet_operator.resources import (
+    BY_KIND,
+    CHILDREN,
+    DEPLOYMENTS,
+    MONITORS,
+    NODES,
+    PODS,
+    REVISIONS,
+    Resource,
+)
 
 Json = dict[str, Any]
+_LATEST = 2**63
 
 
 @dataclass(slots=True)
@@ -51,28 +62,31 @@ class Cluster:
         self.api, self.cache, self.namespaces = api, cache, tuple(namespaces)
         self._views = _Views()
         self._foreign: tuple[PodView, ...] = ()
+        self.monitors_served = False
 
     async def list_all(self) -> None:
         """List every resource into the cache; what is gone is forgotten. Raises ApiError."""
         for resource, selector in (
             (DEPLOYMENTS, ""),
             (PODS, LABEL_DEPLOYMENT),
-            (SERVICES, LABEL_DEPLOYMENT),
-            (REVISIONS, LABEL_DEPLOYMENT),
+            *((resource, LABEL_DEPLOYMENT) for resource in CHILDREN),
             (NODES, ""),
         ):
-            scopes = self.namespaces if resource.namespaced and self.namespaces else (None,)
-            lists = [await self.api.list(resource, ns, label_selector=selector) for ns in scopes]
-            oldest = min((one.resource_version for one in lists), key=int)
-            items = [item for one in lists for item in one.items]
-            self.cache.replace(resource.plural, items, oldest, labelled=bool(selector))
+            await self._list(resource, selector)
         self._views = _Views()
+
+    async def _list(self, resource: Resource, selector: str) -> None:
+        scopes = self.namespaces if resource.namespaced and self.namespaces else (None,)
+        lists = [await self.api.list(resource, ns, label_selector=selector) for ns in scopes]
+        oldest = min((one.resource_version for one in lists), key=int)
+        items = [item for one in lists for item in one.items]
+        self.cache.replace(resource.plural, items, oldest, labelled=bool(selector))
 
     async def list_key(self, key: Key) -> None:
         """List the children of one key, and the object itself. Raises ApiError."""
         namespace, name = key
         selector = f"{LABEL_DEPLOYMENT}={name}"
-        for resource in (PODS, SERVICES, REVISIONS):
+        for resource in (PODS, *CHILDREN):
             found = await self.api.list(resource, namespace, label_selector=selector)
             self.cache.replace(resource.plural, found.items, found.resource_version, key=key)
         held = self.cache.get(PLURAL, namespace, name)
@@ -83,15 +97,33 @@ class Cluster:
                 self.cache.bury(PLURAL, held["metadata"]["uid"])
         self.cache.settle(key)
 
-    async def recheck_service(self, key: Key) -> None:
-        """Read a foreign Service of this name anew: without our label no watch shows its end."""
-        held = self.cache.get(SERVICES.plural, *key)
-        if held is None or child_key(held) == key:
-            return
+    async def recheck_names(self, deployment: InferenceDeployment) -> None:
+        """Read foreign objects that hold a child's name anew: no watch shows what has no label."""
+        key = (deployment.namespace, deployment.name)
+        for kind, name in children.names(deployment).items():
+            resource = BY_KIND[kind]
+            held = self.cache.get(resource.plural, deployment.namespace, name)
+            if held is None or child_key(held) == key:
+                continue
+            try:
+                found = await self.api.get(resource, deployment.namespace, name)
+                self.cache.observe(resource.plural, None, found)
+            except NotFound:
+                self.cache.bury(resource.plural, held["metadata"]["uid"])
+
+    async def list_monitors(self) -> bool:
+        """Look whether the cluster has PodMonitors, and at ours; returns whether that changed.
+
+        They are not watched: their definition may come and go, and a list a minute costs less.
+        """
+        before = (self.monitors_served, self.cache.changes(MONITORS.plural))
         try:
-            self.cache.observe(SERVICES.plural, None, await self.api.get(SERVICES, *key))
+            await self._list(MONITORS, LABEL_DEPLOYMENT)
+            self.monitors_served = True
         except NotFound:
-            self.cache.bury(SERVICES.plural, held["metadata"]["uid"])
+            self.monitors_served = False
+            self.cache.replace(MONITORS.plural, (), str(_LATEST))
+        return before != (self.monitors_served, self.cache.changes(MONITORS.plural))
 
     async def list_foreign(self) -> bool:
         """Look for AMD devices held by pods of others; returns whether that changed.
@@ -178,17 +210,21 @@ class Cluster:
             stats=stats,
             children=self._children(deployment),
             history=history,
+            monitors_served=self.monitors_served,
         )
 
     def _children(self, deployment: InferenceDeployment) -> dict[tuple[str, str], Json]:
+        """Children by kind and name, whoever owns them: the plan must see that a name is taken."""
         key = (deployment.namespace, deployment.name)
         found = {
             (REVISIONS.kind, body["metadata"]["name"]): body
             for body in self.cache.children(REVISIONS.plural, key)
         }
-        # A Service of that name counts whoever owns it: the plan must see that the name is taken.
-        service = self.cache.get(SERVICES.plural, *key)
-        return found if service is None else {**found, (SERVICES.kind, deployment.name): service}
+        for kind, name in children.names(deployment).items():
+            held = self.cache.get(BY_KIND[kind].plural, deployment.namespace, name)
+            if held is not None:
+                found[kind, name] = held
+        return found
 
     def nodes(self) -> tuple[NodeView, ...]:
         """Every node, by name; the same tuple until one changes."""

@@ -1,7 +1,6 @@
-"""One builder per child object: what ought to exist for an InferenceDeployment.
+"""The pod of a replica, as a fresh dictionary for server-side apply.
 
-Every builder returns a fresh dictionary for server-side apply; nothing is shared between children.
-Does not know what exists, nor how many replicas are wanted.
+Does not know what exists, nor how many replicas are wanted. The other children: children.py.
 """
 
 from __future__ import annotations
@@ -49,18 +48,25 @@ class Defaults:
 
     worker_image: ROCm image, for vendor amd. worker_cpu_image: for vendor cpu.
     hf_endpoint: base URL of the model hub, None for the public one.
-    image_pull_policy: empty leaves it to Kubernetes.
+    image_pull_policy: empty leaves it to Kubernetes. namespace: the operator's own.
+    network_policy: whether fleets get one. admin_from: namespaces and address blocks (CIDR) that
+    may reach the admin port beside the operator's namespace. device_groups: host groups that own
+    the GPU devices, such as render and video; their ids differ between distributions.
     """
 
     worker_image: str = ""
     worker_cpu_image: str = ""
     hf_endpoint: str | None = None
     image_pull_policy: str = ""
+    namespace: str = "tilefleet-system"
+    network_policy: bool = True
+    admin_from: tuple[str, ...] = ()
+    device_groups: tuple[int, ...] = ()
 
 
 def selector(deployment: InferenceDeployment) -> str:
     """Label selector of the replicas that serve, as the scale subresource shows it."""
-    return ",".join(f"{key}={value}" for key, value in sorted(_serving(deployment).items()))
+    return ",".join(f"{key}={value}" for key, value in sorted(serving_labels(deployment).items()))
 
 
 def revision(deployment: InferenceDeployment, defaults: Defaults) -> str:
@@ -83,7 +89,7 @@ def pod(
     heir: Successor | None = None,
     placement: Placement | None = None,
 ) -> dict[str, Any]:
-    """One replica. Restricted Pod Security on vendor cpu; on amd the exceptions ROCm needs.
+    """One replica, within the restricted Pod Security Standard on every vendor.
 
     heir: what it takes over from failed predecessors; no part of the revision. placement: where it
     may go, for vendor amd; by default where no node is known.
@@ -92,8 +98,8 @@ def pod(
     amd = spec.accelerator.vendor == "amd"
     if amd and placement is None:
         placement = unseen(spec.accelerator)
-    seccomp = "Unconfined" if amd else "RuntimeDefault"
     body: dict[str, Any] = {
+        "serviceAccountName": deployment.service_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "restartPolicy": "Always",
@@ -103,14 +109,13 @@ def pod(
             "runAsUser": USER_ID,
             "runAsGroup": USER_ID,
             "fsGroup": USER_ID,
-            "seccompProfile": {"type": seccomp},
+            "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [_container(deployment, defaults, placement)],
         "volumes": _volumes(deployment),
     }
-    if amd:
-        # ROCm shares memory between processes over IPC, see the device plugin's pod examples.
-        body["hostIPC"] = True
+    if amd and defaults.device_groups:
+        body["securityContext"]["supplementalGroups"] = list(defaults.device_groups)
     if spec.accelerator.node_selector:
         body["nodeSelector"] = dict(spec.accelerator.node_selector)
     tolerations = _tolerations(deployment)
@@ -120,7 +125,7 @@ def pod(
     affinity = node_affinity(placement, heir.avoid)
     if affinity:
         body["affinity"] = {"nodeAffinity": affinity}
-    marks = _serving(deployment) | child_labels(deployment) | {LABEL_REVISION: revision}
+    marks = serving_labels(deployment) | child_labels(deployment) | {LABEL_REVISION: revision}
     # A node autoscaler must not move a replica: only the operator drains before it deletes.
     annotations = {
         "karpenter.sh/do-not-disrupt": "true",
@@ -149,20 +154,6 @@ def child_labels(deployment: InferenceDeployment) -> dict[str, str]:
         "app.kubernetes.io/name": "tilefleet-worker",
         "app.kubernetes.io/instance": deployment.name,
         "app.kubernetes.io/managed-by": "tilefleet",
-    }
-
-
-def service(deployment: InferenceDeployment) -> dict[str, Any]:
-    """The Service that clients use; draining replicas leave it at once by their label."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": child_metadata(deployment, deployment.name, child_labels(deployment), {}),
-        "spec": {
-            "type": "ClusterIP",
-            "selector": _serving(deployment),
-            "ports": [{"name": "http", "port": API_PORT, "targetPort": "http", "protocol": "TCP"}],
-        },
     }
 
 
@@ -312,7 +303,8 @@ def _grace_seconds(deployment: InferenceDeployment) -> int:
     return drain + REMOVAL_DELAY_SECONDS + TEARDOWN_SECONDS
 
 
-def _serving(deployment: InferenceDeployment) -> dict[str, str]:
+def serving_labels(deployment: InferenceDeployment) -> dict[str, str]:
+    """Labels of the replicas that serve."""
     return {
         LABEL_DEPLOYMENT: deployment.name,
         LABEL_ROLE: ROLE_WORKER,
@@ -332,12 +324,12 @@ def child_metadata(
         "controller": True,
         "blockOwnerDeletion": True,
     }
-    metadata: dict[str, Any] = {
+    result: dict[str, Any] = {
         "name": name,
         "namespace": deployment.namespace,
         "labels": labels,
         "ownerReferences": [owner],
     }
     if annotations:
-        metadata["annotations"] = annotations
-    return metadata
+        result["annotations"] = annotations
+    return result

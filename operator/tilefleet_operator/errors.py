@@ -6,6 +6,7 @@ OperatorError
 ├── ApiError           the API server's answer was not a success; carries status, reason, message
 │   ├── NotFound       404
 │   ├── Conflict       409: precondition failed, field conflict or AlreadyExists
+│   │   └── NameTaken  an object of somebody else holds the name of a child
 │   ├── Gone           410: a list or watch version that the server no longer holds
 │   ├── Unprocessable  422: the server's validation refused the object
 │   ├── TooManyRequests 429; carries retry_after_seconds
@@ -65,6 +66,10 @@ class NotFound(ApiError):
 
 class Conflict(ApiError):
     """409: a precondition failed, another manager owns a field, or the object exists."""
+
+
+class NameTaken(Conflict):
+    """An object of somebody else holds the name of a child; nothing was sent."""
 
 
 class Gone(ApiError):

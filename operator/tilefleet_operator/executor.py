@@ -5,6 +5,7 @@ It decides nothing: order and content come from the plan. It does not know why a
 
 import asyncio
 import hashlib
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from typing import Any
 from tilefleet_operator.api import API_VERSION, KIND, PLURAL
 from tilefleet_operator.cache import Key, ObjectCache
 from tilefleet_operator.client import ApiClient
-from tilefleet_operator.errors import ApiError, Conflict, NotFound
+from tilefleet_operator.errors import ApiError, Conflict, NameTaken, NotFound
 from tilefleet_operator.observed import owner_uid
 from tilefleet_operator.plan import Action, Apply, Delete, Drain, Plan
-from tilefleet_operator.resources import BY_KIND, DEPLOYMENTS, EVENTS, PODS, Resource
+from tilefleet_operator.resources import BY_KIND, DEPLOYMENTS, EVENTS, MONITORS, PODS, Resource
 from tilefleet_operator.telemetry import Telemetry
+from tilefleet_operator.upkeep import is_claimable
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +60,17 @@ class Executor:
         self.post_drain, self.identity = post_drain, identity
 
     async def execute(self, owner: Owner, plan: Plan) -> None:
-        """Drain, delete, apply, then events, then status, which is written whatever failed.
+        """The actions rank by rank, then events, then status, which is written whatever failed.
 
         Independent children do not wait for each other's errors: all are tried, and all errors are
-        raised together as an ExceptionGroup of ApiError. LeaseLost is raised at once.
+        raised together as an ExceptionGroup of ApiError. Pods wait for the next plan when a child's
+        name is taken: it may be their ServiceAccount's. LeaseLost is raised at once.
         """
         errors: list[Exception] = []
-        for kind in (Drain, Delete, Apply):
-            chosen = [action for action in plan.actions if isinstance(action, kind)]
-            errors += await self._all(owner.key, chosen)
+        for _, chosen in itertools.groupby(sorted(plan.actions, key=_rank), _rank):
+            errors += await self._all(owner.key, list(chosen))
+            if any(isinstance(error, NameTaken) for error in errors):
+                break  # pods rank last; the next plan knows whose name it is, and decides anew
         events = [*plan.events, *(_failure_event(error) for error in errors)]
         for type_, reason, message in events:
             await self._event(owner, type_, reason, message)
@@ -105,10 +109,10 @@ class Executor:
                 await self.post_drain(action.ip, action.port, action.timeout_seconds)
         else:
             resource = BY_KIND[action.kind]
-            await self._refuse_foreign(resource, action)
+            await self._refuse_foreign(key, resource, action)
             await self._apply(key, resource, action.body, action.field_manager)
 
-    async def _refuse_foreign(self, resource: Resource, action: Apply) -> None:
+    async def _refuse_foreign(self, key: Key, resource: Resource, action: Apply) -> None:
         """Never take over an object of somebody else's by its name.
 
         A pod needs no look: its spec cannot be changed, so the API server refuses the take-over.
@@ -122,17 +126,16 @@ class Executor:
             except NotFound:
                 return
             self.cache.observe(resource.plural, None, held)  # the next plan says it on the object
-        if owner_uid(held["metadata"]) != owner_uid(action.body["metadata"]):
-            raise Conflict(
-                409,
-                "NameTaken",
-                f"{action.kind} {action.name} exists and is not controlled by this object; delete"
-                " it, or give the InferenceDeployment another name",
-            )
+        if not is_claimable(held, owner_uid(action.body["metadata"]), key[1]):
+            text = f"{action.kind} {action.name} exists and is not controlled by this object"
+            raise NameTaken(409, "NameTaken", text)
 
     async def _apply(self, key: Key, resource: Resource, body: Any, field_manager: str) -> None:
         answer = await self.api.apply(resource, body, field_manager=field_manager)
         metadata = answer["metadata"]
+        if resource is MONITORS:
+            self.cache.observe(resource.plural, None, answer)  # no watch will show it
+            return
         self.cache.expect(key, resource.plural, metadata["uid"], metadata["resourceVersion"])
 
     async def _delete(self, key: Key, action: Delete) -> None:
@@ -142,6 +145,9 @@ class Executor:
         except (NotFound, Conflict):
             # Gone already, or the name belongs to a newer object: this UID is dead either way.
             self.cache.bury(resource.plural, action.uid)
+            return
+        if resource is MONITORS:
+            self.cache.bury(resource.plural, action.uid)  # no watch will show its end
             return
         metadata = answer.get("metadata") or {}
         # Without a grace period the object is gone at once, and the watch shows only its end.
@@ -205,6 +211,11 @@ class Executor:
             return  # posted before: the reconcile was interrupted and is repeated
         except ApiError as error:
             logger.warning("event %s was not posted: %s", reason, error)
+
+
+def _rank(action: Action) -> tuple[int, bool]:
+    """Actions of one rank do not need each other; pods need the children before them."""
+    return (Drain, Delete, Apply).index(type(action)), action.kind == "Pod"
 
 
 def _failure_event(error: Exception) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ scale badly. It does not know what a reconcile does.
 import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import kopf
@@ -16,6 +17,7 @@ from tilefleet_operator.cache import Key, ObjectCache, child_key
 from tilefleet_operator.cluster import Cluster
 from tilefleet_operator.login import Login
 from tilefleet_operator.observed import LABEL_DEPLOYMENT
+from tilefleet_operator.resources import CHILDREN, PODS
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +52,11 @@ class Shell:
         kopf.on.startup(registry=registry)(configure)
         kopf.on.login(registry=registry)(self._login)
         kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(self._deployment)
-        kopf.on.event("v1", "pods", registry=registry)(self._pod)
-        kopf.on.event("v1", "services", registry=registry)(self._service)
-        kopf.on.event("apps", "v1", "controllerrevisions", registry=registry)(self._revision)
+        for child in (PODS, *CHILDREN):
+            handler = partial(self._child, child.plural)
+            kopf.on.event(
+                child.group, child.version, child.plural, id=child.plural, registry=registry
+            )(handler)
         kopf.on.event("v1", "nodes", registry=registry)(self._node)
         return registry
 
@@ -73,15 +77,6 @@ class Shell:
         if self._observe(PLURAL, event):
             self.dirty((metadata["namespace"], metadata["name"]))
 
-    async def _pod(self, event: Any, **_: Any) -> None:
-        self._child("pods", event)
-
-    async def _service(self, event: Any, **_: Any) -> None:
-        self._child("services", event)
-
-    async def _revision(self, event: Any, **_: Any) -> None:
-        self._child("controllerrevisions", event)
-
     async def _node(self, event: Any, **_: Any) -> None:
         """Heartbeats change a node's version, but not what placement reads of it."""
         before = self.cluster.nodes()
@@ -89,7 +84,7 @@ class Shell:
             for key in self.cluster.amd_keys():
                 self.dirty(key)
 
-    def _child(self, plural: str, event: Mapping[str, Any]) -> None:
+    async def _child(self, plural: str, event: Any, **_: Any) -> None:
         changed = self._observe(plural, event)
         key = child_key(event["object"])
         if changed and key is not None:
@@ -110,8 +105,8 @@ async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = 70
     settings.watching.chunk_size = 500
-    settings.watching.label_selectors["v1", "pods"] = LABEL_DEPLOYMENT
-    settings.watching.label_selectors["v1", "services"] = LABEL_DEPLOYMENT
-    settings.watching.label_selectors["apps", "v1", "controllerrevisions"] = LABEL_DEPLOYMENT
+    for child in (PODS, *CHILDREN):
+        selected = (child.group, child.version, child.plural)
+        settings.watching.label_selectors[selected] = LABEL_DEPLOYMENT
     # These keep two kopf operators from fighting over one object, should a handler ever store.
     settings.persistence.finalizer = f"{GROUP}/operator"

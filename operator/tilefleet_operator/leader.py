@@ -43,6 +43,8 @@ class LeaderTiming:
     """Pause after a full list that failed."""
     foreign_seconds: float = 30.0
     """Pause between looks at the devices that pods of others hold; only with AMD fleets."""
+    monitor_seconds: float = 60.0
+    """Pause between lists of PodMonitors, which also say whether the cluster has them."""
     stop_seconds: float = 3.0
     """How long a stopping leader lets running reconciles finish."""
 
@@ -91,6 +93,7 @@ class Leader:
             asyncio.create_task(self._resync(kopf_ready, on_signal), name="resync"),
             asyncio.create_task(self.poller.run(), name="poller"),
             asyncio.create_task(self._watch_foreign(), name="foreign devices"),
+            asyncio.create_task(self._watch_monitors(), name="pod monitors"),
         ]
         tasks.append(asyncio.create_task(self._kopf(kopf_ready), name="kopf"))
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -171,3 +174,14 @@ class Leader:
                 for key in keys if changed else ():
                     self.queue.add(key)
             await asyncio.sleep(self.timing.foreign_seconds)
+
+    async def _watch_monitors(self) -> None:
+        while True:
+            try:
+                changed = await self.cluster.list_monitors()
+            except ApiError as error:
+                logger.warning("PodMonitors are not looked after: %s", error)
+                changed = False
+            for key in self.cache.deployment_keys() if changed else ():
+                self.queue.add(key)
+            await asyncio.sleep(self.timing.monitor_seconds)

@@ -85,6 +85,7 @@ class Snapshot:
 
     device_use: node name → resource name → devices asked for by non-terminal pods of the whole
     cluster. stats: pod UID → answer or its absence. children: (kind, name) → object last seen.
+    monitors_served: whether the cluster has PodMonitors.
     """
 
     deployment: InferenceDeployment
@@ -94,6 +95,7 @@ class Snapshot:
     stats: Mapping[str, WorkerStats | MissingStats] = field(default_factory=dict)
     children: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     history: History = field(default_factory=History)
+    monitors_served: bool = False
 
 
 def device_use(pods: tuple[PodView, ...]) -> dict[str, dict[str, float]]:

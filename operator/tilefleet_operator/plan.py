@@ -1,9 +1,9 @@
 """plan(snapshot, defaults, now): every action that brings the cluster nearer to the spec, and why.
 
 Pure: no client, clock or randomness. The executor performs the actions in the order given (drain,
-delete, apply), then writes `status` to /status when it is not None. Does not know how pods are
-rendered (desired.py), chosen (fleet.py), drained (draining.py), counted (autoscale.py) or reported
-(status.py, conditions.py).
+delete, apply), then writes `status` to /status when it is not None. Does not know how children are
+rendered (desired.py, children.py) and repaired (upkeep.py), how pods are chosen (fleet.py), drained
+(draining.py) and counted (autoscale.py), nor how it is all reported (status.py, conditions.py).
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from tilefleet_operator import desired, devices, history, status
 from tilefleet_operator.actions import Action, Apply, Delete, Drain, Plan
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.autoscale import Decision, Policy, decide
+from tilefleet_operator.children import children, names
 from tilefleet_operator.conditions import Facts, conditions, unknown
 from tilefleet_operator.desired import Defaults
 from tilefleet_operator.draining import finish, leave
 from tilefleet_operator.fleet import Fleet, fleet
 from tilefleet_operator.moves import Moves, Room, moves
-from tilefleet_operator.observed import Snapshot, owner_uid
+from tilefleet_operator.observed import Snapshot
 from tilefleet_operator.options import Placement
 from tilefleet_operator.rollout import progress
 from tilefleet_operator.transitions import transitions
 from tilefleet_operator.units import seconds
+from tilefleet_operator.upkeep import conflicts, upkeep
 
-__all__ = ["Action", "Apply", "Delete", "Drain", "Plan", "covers", "invalid", "plan"]
+__all__ = ["Action", "Apply", "Delete", "Drain", "Plan", "invalid", "plan"]
 
 # How often load is looked at, and how often a draining replica.
 MEASURE_SECONDS, DRAIN_POLL_SECONDS = 2.0, 1.0
@@ -49,7 +51,8 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     pods = fleet(snapshot, revision.name, now)
     decision = _decide(snapshot, pods, now)
     fit = devices.judged(snapshot, pods)
-    conflict = _conflict(snapshot)
+    wanted = children(deployment, decision.desired, defaults, snapshot.monitors_served)
+    taken = conflicts(snapshot, wanted)
     actions: list[Action] = []
     measured = deployment.spec.autoscaling.mode == "Auto" and bool(pods.ready)
     rolled = progress(deployment, pods, decision.desired, now)
@@ -60,14 +63,16 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
         drained = list(finish(snapshot, pods, now))
         removals = list(leave(deployment, step.removals, now))
         moved, places = devices.assigned(snapshot, pods, fit, step)
-        adding = list(_adding(deployment, pods, step, places, used))
+        # Never under the ServiceAccount of somebody else.
+        safe = "ServiceAccount" not in taken
+        adding = list(_adding(deployment, pods, step, places, used)) if safe else []
         in_use = {pod.revision for pod in snapshot.pods} | {rolled.current}
         recording = history.record(deployment, revision, known, in_use)
-        wanted = [*drained, *removals, *moved, *recording, *adding, *_service(snapshot, conflict)]
-        actions = _ordered(wanted)
+        repairs = upkeep(snapshot, wanted, names(deployment))
+        actions = _ordered([*drained, *removals, *moved, *recording, *adding, *repairs])
         draining = bool(pods.draining) or any(isinstance(a, Drain) for a in actions)
         waits += [step.wait_seconds, DRAIN_POLL_SECONDS if draining else None]
-    waits.append(CONFLICT_RETRY_SECONDS if conflict else None)
+    waits.append(CONFLICT_RETRY_SECONDS if taken else None)
     default = desired.image(deployment, defaults)
     facts = Facts(
         snapshot,
@@ -77,7 +82,7 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
         decision.recommended,
         fit,
         rolled,
-        conflict,
+        "; ".join(taken.values()),
         default if default != desired.image(deployment, used) else "",
     )
     report = _report(facts, decision)
@@ -146,44 +151,13 @@ def _adding(
         yield Apply(body, step.why_add)
 
 
-def _service(snapshot: Snapshot, conflict: str) -> Iterator[Apply]:
-    body = desired.service(snapshot.deployment)
-    seen = snapshot.children.get(("Service", snapshot.deployment.name))
-    if conflict:
-        return
-    if seen is None:
-        yield Apply(body, "the Service does not exist")
-    elif not covers(seen, body):
-        yield Apply(body, "the Service differs from what is wanted")
-
-
-def _conflict(snapshot: Snapshot) -> str:
-    name = snapshot.deployment.name
-    seen = snapshot.children.get(("Service", name))
-    if seen is None or owner_uid(seen.get("metadata") or {}) == snapshot.deployment.uid:
-        return ""
-    return f"Service {name} exists and belongs to somebody else; delete it or choose another name"
-
-
-def covers(seen: object, wanted: object) -> bool:
-    """True when `seen` holds everything that `wanted` names; lists must have equal length."""
-    if isinstance(wanted, Mapping):
-        return isinstance(seen, Mapping) and all(
-            key in seen and covers(seen[key], value) for key, value in wanted.items()
-        )
-    if isinstance(wanted, list):
-        return (
-            isinstance(seen, list)
-            and len(seen) == len(wanted)
-            and all(covers(a, b) for a, b in zip(seen, wanted, strict=True))
-        )
-    return seen == wanted
-
-
 def _ordered(actions: Sequence[Action]) -> list[Action]:
-    """Drain, delete, create: a rollout without surge must free devices first."""
+    """Drain, delete, create: a rollout without surge must free devices first.
+
+    Pods come last: they need their ServiceAccount, and their NetworkPolicy from the first moment.
+    """
     order = {Drain: 0, Delete: 1, Apply: 2}
-    return sorted(actions, key=lambda action: order[type(action)])
+    return sorted(actions, key=lambda action: (order[type(action)], action.kind == "Pod"))
 
 
 def _report(facts: Facts, decision: Decision) -> status.Report:

@@ -60,7 +60,7 @@ class Reconciler:
         deployment = self.cluster.deployment(key)
         if deployment is None:
             return Plan()
-        await self.cluster.recheck_service(key)
+        await self.cluster.recheck_names(deployment)
         stats = self.poller.stats(self.cluster.pods(deployment))
         snapshot = self.cluster.gather(deployment, stats, self.poller.history(key))
         return plan(snapshot, self.defaults, self.wall())

@@ -33,11 +33,18 @@ DEPLOYMENTS = Resource(GROUP, VERSION, PLURAL, KIND)
 PODS = Resource("", "v1", "pods", "Pod")
 SERVICES = Resource("", "v1", "services", "Service")
 REVISIONS = Resource("apps", "v1", "controllerrevisions", "ControllerRevision")
+SERVICE_ACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount")
+BUDGETS = Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget")
+POLICIES = Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy")
+MONITORS = Resource("monitoring.coreos.com", "v1", "podmonitors", "PodMonitor")
 NODES = Resource("", "v1", "nodes", "Node", namespaced=False)
 LEASES = Resource("coordination.k8s.io", "v1", "leases", "Lease")
 EVENTS = Resource("", "v1", "events", "Event")
 
-BY_KIND = {resource.kind: resource for resource in (DEPLOYMENTS, PODS, SERVICES, REVISIONS)}
+CHILDREN = (SERVICES, SERVICE_ACCOUNTS, BUDGETS, POLICIES, REVISIONS)
+"""Children beside pods that every cluster serves. MONITORS are served by some, and not watched."""
+
+BY_KIND = {one.kind: one for one in (DEPLOYMENTS, PODS, *CHILDREN, MONITORS)}
 """What a plan may name."""
 
 

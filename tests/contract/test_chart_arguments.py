@@ -25,6 +25,10 @@ def test_rendered_arguments_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         "watchNamespaces": ["a", "b"],
         "hfEndpoint": "https://hub.example",
         "log": {"format": "text"},
+        "workers": {
+            "networkPolicy": {"adminFrom": ["monitoring", "10.0.0.0/8"]},
+            "deviceGroups": [44, 109],
+        },
         "image": {"worker": {"tag": "w"}, "workerCpu": {"tag": "c"}},
     }
     rendered = container(values)
@@ -39,6 +43,9 @@ def test_rendered_arguments_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed.worker_cpu_image == "tilefleet/worker-cpu:c"
     assert parsed.lease_name == "tilefleet-operator"
     assert parsed.log_format == "text"
+    assert parsed.worker_network_policy is True
+    assert parsed.admin_from == ("monitoring", "10.0.0.0/8")
+    assert parsed.device_groups == (44, 109)
     assert (parsed.namespace, parsed.identity) == ("metadata.namespace", "metadata.name")
 
 
@@ -46,3 +53,9 @@ def test_default_arguments_parse() -> None:
     parsed = cli.build_parser().parse_args(container({})["args"])
     assert parsed.watch_namespaces == ""
     assert parsed.hf_endpoint == ""
+    assert (parsed.admin_from, parsed.device_groups) == (("monitoring",), ())
+
+
+def test_network_policies_of_fleets_can_be_switched_off() -> None:
+    off = {"workers": {"networkPolicy": {"enabled": False}}}
+    assert cli.build_parser().parse_args(container(off)["args"]).worker_network_policy is False

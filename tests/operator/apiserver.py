@@ -21,6 +21,13 @@ import yaml
 ROOT = Path(__file__).parents[2]
 LABEL = "tilefleet.io/deployment"
 FLEETS = "/apis/tilefleet.io/v1alpha1"
+GROUPS = {
+    "inferencedeployments": FLEETS,
+    "poddisruptionbudgets": "/apis/policy/v1",
+    "networkpolicies": "/apis/networking.k8s.io/v1",
+    "podmonitors": "/apis/monitoring.coreos.com/v1",
+    "controllerrevisions": "/apis/apps/v1",
+}
 OPERATORS = ("operator-a", "operator-b")
 MUTATING = frozenset({"create", "update", "patch", "delete", "deletecollection"})
 
@@ -298,7 +305,7 @@ class Namespace:
 
     def path(self, plural: str, name: str = "") -> str:
         """API path of a resource or an object."""
-        base = FLEETS if plural == "inferencedeployments" else "/api/v1"
+        base = GROUPS.get(plural, "/api/v1")
         return f"{base}/namespaces/{self.name}/{plural}" + (f"/{name}" if name else "")
 
     def fleet(self, name: str, **spec: Any) -> Json:

@@ -7,10 +7,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from tilefleet_operator import children as builders
 from tilefleet_operator import history as records
 from tilefleet_operator.actions import Apply
 from tilefleet_operator.api import API_VERSION, KIND, InferenceDeployment, parse
-from tilefleet_operator.desired import Defaults, service
+from tilefleet_operator.desired import Defaults
 from tilefleet_operator.observed import (
     Counters,
     Gauges,
@@ -181,13 +182,15 @@ def record(of: InferenceDeployment, number: int = 1) -> dict[str, Any]:
     return {**action.body, "metadata": metadata, "revision": number}
 
 
-def children(of: InferenceDeployment) -> dict[tuple[str, str], dict[str, Any]]:
-    """Every child but the pods, as it ought to be."""
-    written = record(of)
-    return {
-        ("Service", of.name): service(of),
-        ("ControllerRevision", written["metadata"]["name"]): written,
-    }
+def children(
+    of: InferenceDeployment, size: int | None = None, monitors_served: bool = False
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every child but the pods, as it ought to be; size: replicas, spec.replicas if not given."""
+    wanted = of.spec.replicas if size is None else size
+    bodies = builders.children(of, wanted, DEFAULTS, monitors_served)
+    for body in bodies:
+        body["metadata"]["uid"] = f"uid-{body['kind']}"
+    return {(body["kind"], body["metadata"]["name"]): body for body in [*bodies, record(of)]}
 
 
 def history(*frames: tuple[float, dict[str, WorkerStats]]) -> History:

@@ -1,5 +1,6 @@
 """What is rendered: restricted pods, AMD placement, arguments, names, revisions."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,13 @@ from kubernetes_validate import validate
 
 from tests.operator.builders import DEFAULTS, amd, deployment, manual
 from tilefleet_operator.api import MAX_NAME_LENGTH
+from tilefleet_operator.children import service
 from tilefleet_operator.desired import (
     Defaults,
     pod,
     pod_name,
     revision,
     selector,
-    service,
     worker_args,
 )
 from tilefleet_operator.units import seconds
@@ -47,8 +48,6 @@ def test_amd_pod_asks_for_devices_and_finds_their_nodes() -> None:
     assert container["image"] == "rocm:1"
     assert container["resources"]["limits"]["amd.com/gpu"] == "4"
     assert container["resources"]["requests"]["amd.com/gpu"] == "4"
-    assert spec["hostIPC"] is True
-    assert spec["securityContext"]["seccompProfile"] == {"type": "Unconfined"}
     assert {"key": "amd.com/gpu", "operator": "Exists"} in spec["tolerations"]
     shm = next(v for v in spec["volumes"] if v["name"] == "shm")
     assert shm["emptyDir"]["medium"] == "Memory"
@@ -56,7 +55,29 @@ def test_amd_pod_asks_for_devices_and_finds_their_nodes() -> None:
     first = affinity["nodeSelectorTerms"][0]["matchExpressions"][0]
     assert first["key"] == "amd.com/gpu.device-id"
     assert "74a1" in first["values"]
-    assert "privileged" not in container["securityContext"]
+    assert "supplementalGroups" not in spec["securityContext"]
+    grouped = pod(amd(1), 0, "0a1b2c3d", replace(DEFAULTS, device_groups=(44, 109)))["spec"]
+    assert grouped["securityContext"]["supplementalGroups"] == [44, 109]
+
+
+@pytest.mark.parametrize("of", [manual(1), amd(1)], ids=["cpu", "amd"])
+def test_pods_stay_within_the_restricted_standard(of: Any) -> None:
+    """Every control of the standard; the API server judges a real pod in test_apiserver."""
+    spec = pod(of, 0, "0a1b2c3d", replace(DEFAULTS, device_groups=(44,)))["spec"]
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] != 0
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    kinds = {key for volume in spec["volumes"] for key in volume if key != "name"}
+    assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
+    for container in spec["containers"]:
+        security = container["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert security["readOnlyRootFilesystem"] is True
+        assert "privileged" not in security
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["serviceAccountName"] == "llm-worker"
 
 
 @pytest.mark.parametrize("of", [manual(1), amd(1)], ids=["cpu", "amd"])

@@ -205,9 +205,10 @@ async def test_a_service_of_somebody_else_is_not_taken_over(harness: Harness) ->
     metadata = {"name": "fleet", "namespace": "ns", "uid": "theirs", "resourceVersion": "7"}
     harness.api.services["fleet"] = {"metadata": metadata}
     with pytest.raises(ExceptionGroup) as caught:
-        await harness.execute(child("Service", "fleet"))
-    assert "another name" in str(caught.value.exceptions[0])
+        await harness.execute(child("Service", "fleet"), child("Pod", "a"))
+    assert "not controlled by this object" in str(caught.value.exceptions[0])
     assert ("apply", "Service", "fleet") not in harness.api.calls
+    assert ("apply", "Pod", "a") not in harness.api.calls, "the name may be its account's"
     assert harness.cache.get("services", "ns", "fleet") is not None, "the next plan must see it"
 
 

@@ -10,6 +10,7 @@ from tilefleet_operator.cache import ObjectCache
 from tilefleet_operator.cluster import Cluster
 from tilefleet_operator.handlers import Shell, configure
 from tilefleet_operator.login import Login
+from tilefleet_operator.resources import CHILDREN
 
 
 class Harness:
@@ -37,6 +38,10 @@ def node(ready: str = "True", beat: str = "1", **labels: str) -> dict[str, Any]:
     return {"metadata": {"name": "n", "uid": "n", "labels": labels}, "spec": {}, "status": status}
 
 
+def watchers(shell: Shell) -> list[Any]:
+    return list(shell.registry()._watching.get_all_handlers())
+
+
 @pytest.fixture
 def harness() -> Harness:
     return Harness()
@@ -51,12 +56,14 @@ async def test_a_deployment_marks_itself(harness: Harness) -> None:
     assert len(harness.dirty) == 2
 
 
-@pytest.mark.parametrize("kind", ["pod", "service", "revision"])
-async def test_a_child_marks_its_owner(harness: Harness, kind: str) -> None:
+@pytest.mark.parametrize("plural", ["pods", *(child.plural for child in CHILDREN)])
+async def test_a_child_marks_its_owner(harness: Harness, plural: str) -> None:
     labels = {"tilefleet.io/deployment": "llm"}
     metadata = {"name": "x", "namespace": "team", "uid": "u", "labels": labels}
-    await harness.event(kind, at({"metadata": metadata}, 1), "ADDED")
-    await harness.event(kind, at({"metadata": metadata}, 2), "DELETED")
+    handlers = {handler.id: handler.fn for handler in watchers(harness.shell)}
+    for version, event in enumerate(("ADDED", "DELETED"), start=1):
+        body = at({"metadata": metadata}, version)
+        await handlers[plural](event={"type": event, "object": body})
     assert harness.dirty == [("team", "llm")] * 2
 
 
@@ -103,7 +110,7 @@ async def test_kopf_stores_posts_and_scans_nothing() -> None:
 async def test_only_event_handlers_are_registered(harness: Harness) -> None:
     """Any other kind of handler would write annotations or finalizers."""
     registry = harness.shell.registry()
-    assert len(registry._watching.get_all_handlers()) == 5
+    assert len(watchers(harness.shell)) == 3 + len(CHILDREN)
     for others in (registry._changing, registry._spawning, registry._indexing):
         assert list(others.get_all_handlers()) == []
 

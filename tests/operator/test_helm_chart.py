@@ -192,6 +192,10 @@ def test_granted_verbs_are_exactly_these() -> None:
         "inferencedeployments/finalizers": {"update"},
         "pods": {"list", "watch", "create", "patch", "delete"},
         "services": read | {"create", "patch"},
+        "serviceaccounts": read | {"create", "patch"},
+        "poddisruptionbudgets": read | {"create", "patch"},
+        "networkpolicies": read | {"create", "patch", "delete"},
+        "podmonitors": {"get", "list", "create", "patch", "delete"},
         "events": {"create"},
         "leases": {"create", "get", "update"},
     }
@@ -323,6 +327,9 @@ WRONG_VALUES: list[tuple[Values, str]] = [
     ({"helmTest": {"modelUri": "ftp://x"}}, "/helmTest/modelUri"),
     ({"helmTest": {"timeoutSeconds": 1}}, "/helmTest/timeoutSeconds"),
     ({"tolerations": {}}, "/tolerations"),
+    ({"workers": {"networkPolicy": {"adminFrom": ["Not_A_Name"]}}}, "/adminFrom/0"),
+    ({"workers": {"networkPolicy": {"enabled": "no"}}}, "/workers/networkPolicy/enabled"),
+    ({"workers": {"deviceGroups": ["render"]}}, "/workers/deviceGroups/0"),
 ]
 
 

@@ -119,7 +119,7 @@ def test_new_default_image_restarts_nothing_and_comes_with_the_next_change() -> 
     assert "cpu:2, which comes with the next change of the spec" in said["message"]
     # one replica more is like its siblings
     grown = plan(replace(found, deployment=manual(3)), NEWER, NOW)
-    (added,) = [a for a in grown.actions if isinstance(a, Apply)]
+    (added,) = [a for a in grown.actions if isinstance(a, Apply) and a.kind == "Pod"]
     assert added.body["spec"]["containers"][0]["image"] == "cpu:1"
     # a change brings the new image
     other = plan(replace(found, deployment=replace(changed(64), status=of.status)), NEWER, NOW)

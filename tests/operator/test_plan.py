@@ -18,7 +18,8 @@ from tests.operator.builders import (
     stats,
 )
 from tilefleet_operator.api import InferenceDeployment
-from tilefleet_operator.desired import revision, service
+from tilefleet_operator.children import service
+from tilefleet_operator.desired import revision
 from tilefleet_operator.failures import FAILED_BACKOFF_SECONDS
 from tilefleet_operator.observed import MissingStats, PodView, Snapshot
 from tilefleet_operator.plan import Apply, Delete, Drain, invalid, plan
@@ -33,7 +34,7 @@ def converged(of: InferenceDeployment, count: int) -> Snapshot:
         of,
         pods,
         {p.uid: stats() for p in pods},
-        children=children(of),
+        children=children(of, count),
     )
     first = plan(found, DEFAULTS, NOW)
     assert first.actions == ()
@@ -45,14 +46,18 @@ def kinds(found: Snapshot, now: float = NOW) -> list[tuple[str, str]]:
     return [(type(a).__name__, a.name) for a in plan(found, DEFAULTS, now).actions]
 
 
-def test_first_plan_creates_every_pod_the_record_and_the_service() -> None:
+def test_first_plan_creates_the_children_and_then_every_pod() -> None:
     of = manual(2)
     new = revision(of, DEFAULTS)
-    assert kinds(snapshot(of)) == [
-        ("Apply", f"llm-{new}"),
-        ("Apply", f"llm-{new}-0"),
-        ("Apply", f"llm-{new}-1"),
-        ("Apply", "llm"),
+    made = [(action.kind, action.name) for action in plan(snapshot(of), DEFAULTS, NOW).actions]
+    assert made == [
+        ("ControllerRevision", f"llm-{new}"),
+        ("ServiceAccount", "llm-worker"),
+        ("Service", "llm"),
+        ("PodDisruptionBudget", "llm"),
+        ("NetworkPolicy", "llm"),
+        ("Pod", f"llm-{new}-0"),
+        ("Pod", f"llm-{new}-1"),
     ]
 
 
@@ -144,31 +149,15 @@ def test_foreign_pods_and_services_are_never_touched() -> None:
     of = manual(1)
     new = revision(of, DEFAULTS)
     foreign = pod(f"llm-{new}-0", new, owner_uid="other")
-    service_of_other = service(replace(of, uid="other"))
-    found = snapshot(
-        of, (foreign,), children={**children(of), ("Service", "llm"): service_of_other}
-    )
+    other = {("Service", "llm"): service(replace(of, uid="other"))}
+    found = snapshot(of, (foreign,), children=children(of) | other)
     result = plan(found, DEFAULTS, NOW)
     assert [(type(a).__name__, a.name) for a in result.actions] == [("Apply", f"llm-{new}-1")]
     assert result.status is not None
     degraded = next(c for c in result.status["conditions"] if c["type"] == "Degraded")
     assert degraded["reason"] == "NameConflict"
     assert result.requeue_after == 5.0, "no watch shows the end of a Service without our label"
-    assert "choose another name" in degraded["message"]
-
-
-def test_service_that_was_edited_is_put_right() -> None:
-    found = converged(manual(1), 1)
-    edited = service(found.deployment)
-    edited["spec"]["selector"] = {"app": "else"}
-    others = children(found.deployment)
-    assert kinds(replace(found, children={**others, ("Service", "llm"): edited})) == [
-        ("Apply", "llm")
-    ]
-    served = service(found.deployment)
-    served["spec"]["clusterIP"] = "10.0.0.1"
-    served["spec"]["ports"][0]["nodePort"] = 30000
-    assert kinds(replace(found, children={**others, ("Service", "llm"): served})) == []
+    assert "give the InferenceDeployment another name" in degraded["message"]
 
 
 def test_actions_are_ordered_drain_delete_apply() -> None:

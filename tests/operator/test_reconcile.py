@@ -102,7 +102,7 @@ async def test_a_new_fleet_is_planned(harness: Harness) -> None:
     await harness.reconciler.reconcile(KEY)
     ((owner, plan),) = harness.executor.plans
     assert owner == Owner("team", "llm", "cr-uid")
-    assert [type(action) for action in plan.actions] == [Apply] * 4
+    assert [type(action) for action in plan.actions] == [Apply] * 7
 
 
 async def test_no_plan_on_a_view_older_than_the_own_last_write(harness: Harness) -> None:
@@ -126,10 +126,7 @@ async def test_a_late_watch_is_replaced_by_a_list(harness: Harness) -> None:
     harness.cache.expect(KEY, "pods", f"uid-{created.name}", "50")
     harness.now = 6.0
     await harness.reconciler.reconcile(KEY)
-    assert [a.kind for a in harness.executor.plans[1][1].actions] == [
-        "ControllerRevision",
-        "Service",
-    ]
+    assert "Pod" not in [a.kind for a in harness.executor.plans[1][1].actions]
     assert harness.cache.unmet(KEY) is None
 
 

@@ -9,10 +9,8 @@ from tilefleet_operator.simulation import World, simulate, trace
 def test_new_fleet_is_one_step() -> None:
     (only,) = simulate(snapshot(manual(2)), DEFAULTS, NOW)
     assert [action.kind for action in only.actions] == [
-        "ControllerRevision",
-        "Pod",
-        "Pod",
-        "Service",
+        *("ControllerRevision", "ServiceAccount", "Service"),
+        *("PodDisruptionBudget", "NetworkPolicy", "Pod", "Pod"),
     ]
 
 

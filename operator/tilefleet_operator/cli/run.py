@@ -3,6 +3,7 @@
 import argparse
 import os
 import socket
+from dataclasses import replace
 from typing import Any
 
 from tilefleet_operator.cli.plan import add_images, defaults
@@ -21,6 +22,19 @@ def add(commands: Any) -> None:
         help="of this process; default: $POD_NAME, then the host's name",
     )  # fmt: skip
     add_images(parser)
+    parser.add_argument(
+        "--worker-network-policy", action=argparse.BooleanOptionalAction, default=True,
+        help="give each fleet a NetworkPolicy",
+    )  # fmt: skip
+    parser.add_argument(
+        "--admin-from", type=_names, default=(), metavar="A,B",
+        help="namespaces and address blocks (CIDR) that may reach the workers' admin port beside"
+        " this one; Prometheus needs it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device-groups", type=_numbers, default=(), metavar="44,109",
+        help="ids of the host's groups that own the GPU devices (render, video)",
+    )  # fmt: skip
     parser.add_argument(
         "--watch-namespaces", default="", metavar="A,B", help="only these; default: all"
     )
@@ -49,9 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
     config = RunConfig(
         namespace=arguments.namespace,
         identity=arguments.identity,
-        defaults=defaults(arguments),
+        defaults=replace(
+            defaults(arguments),
+            namespace=arguments.namespace,
+            network_policy=arguments.worker_network_policy,
+            admin_from=arguments.admin_from,
+            device_groups=arguments.device_groups,
+        ),
         lease_name=arguments.lease_name,
-        watch_namespaces=tuple(filter(None, arguments.watch_namespaces.split(","))),
+        watch_namespaces=_names(arguments.watch_namespaces),
         probe_port=arguments.probe_port,
         metrics_port=arguments.metrics_port,
         kubeconfig=arguments.kubeconfig,
@@ -61,3 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
         return await Process(config).run()
 
     return asyncio.run(serve())
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(one) for one in _names(text))
