@@ -109,7 +109,7 @@ def test_children_of_others_are_left_alone_until_they_are_handed_over(
     namespace: Namespace, operator: OperatorProcess, kubelet: FakeKubelet
 ) -> None:
     theirs: dict[str, Json] = {
-        "services": {"spec": {"ports": [{"port": 80}]}},
+        "services": {"spec": {"ports": [{"name": "web", "port": 80}]}},
         "serviceaccounts": {},
         "poddisruptionbudgets": {"spec": {"minAvailable": 1, "selector": {}}},
         "networkpolicies": {"spec": {"podSelector": {}}},
