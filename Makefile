@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.locked
 
-.PHONY: bench-operator system help demo test test-unit test-cluster check format bench image cluster cluster-down lock
+.PHONY: bench-operator system help demo test test-unit test-cluster test-rolls check format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -20,6 +20,10 @@ test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 test-cluster: system $(STAMP)  ## tests on a real API server and on the local cluster with the images
 	@python3 -u hack/cluster binaries
 	$(PY) -m pytest tests -m "(apiserver or e2e) and not gpu" --timeout 900
+
+test-rolls: system $(STAMP)  ## 20 rolls and 20 scale-downs under 60 open streams; `make test` does 2
+	@python3 -u hack/cluster binaries
+	ROLLS=20 $(PY) -m pytest tests/e2e/test_rolls.py -s --timeout 14400
 
 check: $(STAMP)  ## format, lint, types, import contracts, generated files, line budget
 	.venv/bin/ruff format --check .
