@@ -27,7 +27,7 @@ from tilefleet_operator.load import (
     saturated_capacity,
     series,
 )
-from tilefleet_operator.observed import Frame, History, WorkerStats
+from tilefleet_operator.observed import History, WorkerStats
 from tilefleet_operator.throughput import fit_steps
 
 SLOW_SECONDS = 60.0
@@ -42,6 +42,7 @@ class Policy:
 
     current: replicas wanted until now. ready: UIDs of serving pods. stored_capacity: tok/s of one
     replica from the status, None before the first. last_shrink: time of the last step down.
+    stale_seconds: age from which a poll says nothing any more.
     """
 
     current: int
@@ -56,6 +57,7 @@ class Policy:
     down_interval: float = 30.0
     last_shrink: float | None = None
     stored_capacity: float | None = None
+    stale_seconds: float = STALE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def capacity(
     observed = saturated_capacity(history, now)
     if observed is not None:
         return observed, "Observed"
-    samples = list(history.frames[-1].samples.values()) if history.frames else []
+    samples = list(history.latest.values())
     model = fit_steps(history.steps) if mix is not None and samples else None
     if model is not None and mix is not None:
         predicted = model.requests_per_second(
@@ -130,7 +132,7 @@ def decide(history: History, policy: Policy, now: float) -> Decision:
     held = min(max(policy.current, policy.minimum), policy.maximum)
     if not policy.ready:
         return Decision(held, held, "no replica is ready; holding")
-    answered = _answered(history.frames[-1] if history.frames else None, policy, now)
+    answered = _answered(history, policy, now)
     if not answered:
         missing = len(policy.ready)
         return Decision(held, held, "no ready replica answers; holding", missing=missing)
@@ -225,10 +227,10 @@ def _peak(load: _Load, policy: Policy, now: float) -> int:
     return _ceil(rate * load.mix.tokens / (SHRINK_MARGIN * policy.target * load.capacity))
 
 
-def _answered(frame: Frame | None, policy: Policy, now: float) -> dict[str, WorkerStats]:
-    if frame is None or now - frame.time > STALE_SECONDS:
+def _answered(history: History, policy: Policy, now: float) -> dict[str, WorkerStats]:
+    if not history.frames or now - history.frames[-1].time > policy.stale_seconds:
         return {}
-    return {uid: frame.samples[uid] for uid in policy.ready if uid in frame.samples}
+    return {uid: history.latest[uid] for uid in policy.ready if uid in history.latest}
 
 
 def replicas_for(demand: float, queue: float, per_replica: float | None, policy: Policy) -> int:

@@ -1,7 +1,7 @@
 """What a fleet's load is, computed from the polls of its replicas.
 
-Rates count arrivals, because completions stop rising exactly when more replicas are needed. A
-replica's restart, end or late first answer never shows as load. Does not know limits or wishes.
+Rates count arrivals, because completions stop rising exactly when more replicas are needed. Does
+not know limits or wishes.
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
-from tilefleet_operator.observed import History, WorkerStats
+from tilefleet_operator.polls import History
 
 FAST_SECONDS = 10.0
 # A burst must stand out of Poisson noise: three standard deviations of the fast window's count.
 BURST_ARRIVALS, BURST_SIGMAS = 8, 3.0
 # Observed capacity: newest counts most; below 4 s of evidence or after 120 s the model is better.
 SATURATED_HALF_LIFE, SATURATED_MIN_SECONDS, SATURATED_MAX_AGE = 30.0, 4.0, 120.0
-FULL_SHARE = 0.9
-# A request that waits this long met a full replica, not merely the step that was under way.
-FULL_WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,40 +60,10 @@ class Series:
         return growth / max(elapsed, FAST_SECONDS)
 
 
-_COUNTERS = (
-    "arrivals",
-    "prompt_tokens_computed",
-    "prompt_tokens_cached",
-    "generated_tokens",
-    "completions",
-    "aborts",
-)
-
-
 def series(history: History) -> Series:
-    """Running totals over the history. A process that began within it counts from zero."""
-    totals: list[dict[str, float]] = []
-    start = history.frames[0].time if history.frames else 0.0
-    seen: dict[str, WorkerStats] = {}
-    sums = dict.fromkeys(_COUNTERS, 0.0)
-    for frame in history.frames:
-        for uid, sample in frame.samples.items():
-            for key in _COUNTERS:
-                fresh = sample.uptime_seconds < frame.time - start
-                sums[key] += _growth(key, seen.get(uid), sample, fresh=fresh)
-            seen[uid] = sample
-        running = float(sum(s.gauges.running for s in frame.samples.values()))
-        totals.append(sums | {"running": running})
-    return Series(tuple(f.time for f in history.frames), tuple(totals))
-
-
-def _growth(key: str, before: WorkerStats | None, sample: WorkerStats, *, fresh: bool) -> float:
-    value = float(getattr(sample.counters, key))
-    if before is None:
-        # A new leader's first answer of an old process holds totals of hours: no load of now.
-        return value if fresh else 0.0
-    old = float(getattr(before.counters, key))
-    return value - old if value >= old else value
+    """The history's running totals."""
+    frames = history.frames
+    return Series(tuple(f.time for f in frames), tuple(f.totals for f in frames))
 
 
 def arrival_rate(totals: Series, end: float, slow: float) -> float:
@@ -136,27 +102,12 @@ def saturated_capacity(history: History, now: float) -> float | None:
     Full between two polls: at both, requests waited long or nine tenths of maxConcurrent ran.
     """
     tokens = time = evidence = 0.0
-    for before, after in pairwise(history.frames):
-        age, elapsed = now - after.time, after.time - before.time
-        if age > SATURATED_MAX_AGE or elapsed <= 0:
-            continue
+    for frame in reversed(history.frames):
+        age = now - frame.time
+        if age > SATURATED_MAX_AGE:
+            break
         weight = 0.5 ** (age / SATURATED_HALF_LIFE)
-        for uid, sample in after.samples.items():
-            old = before.samples.get(uid)
-            if old is not None and _full(old) and _full(sample):
-                tokens += weight * _tokens_between(old, sample)
-                time += weight * elapsed
-                evidence += elapsed
+        tokens += weight * frame.full_tokens
+        time += weight * frame.full_seconds
+        evidence += frame.full_seconds
     return tokens / time if evidence >= SATURATED_MIN_SECONDS and tokens > 0 else None
-
-
-def _full(sample: WorkerStats) -> bool:
-    gauges = sample.gauges
-    limit = FULL_SHARE * gauges.max_concurrent if gauges.max_concurrent else math.inf
-    waits = gauges.waiting > 0 and gauges.oldest_wait_seconds > FULL_WAIT_SECONDS
-    return waits or gauges.running >= limit
-
-
-def _tokens_between(before: WorkerStats, after: WorkerStats) -> float:
-    keys = ("prompt_tokens_computed", "generated_tokens")
-    return sum(_growth(key, before, after, fresh=True) for key in keys)

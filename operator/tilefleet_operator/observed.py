@@ -31,11 +31,10 @@ from tilefleet_operator.pods import (
     owner_uid,
     pod_view,
 )
+from tilefleet_operator.polls import Frame, History
 from tilefleet_operator.stats import (
     Counters,
-    Frame,
     Gauges,
-    History,
     MissingStats,
     Step,
     WorkerStats,

@@ -1,4 +1,4 @@
-"""What a worker says of itself at /stats, and the history of those answers.
+"""What a worker says of itself at /stats.
 
 Knows the document and its bounds; knows no pod, no clock and no meaning of the numbers.
 """
@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from tilefleet_operator.errors import ObservationInvalid
 
 STATS_VERSION = 1
-# Longer than the longest scale-down window that the schema allows.
-HISTORY_SECONDS = 660.0
-STEPS_KEPT = 256
-STEPS_PER_SAMPLE = 8
 
 
 @dataclass(frozen=True)
@@ -88,45 +84,6 @@ class MissingStats:
     """No usable /stats answer, and why. Absence is never zero load."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class Frame:
-    """All samples of one poll: pod UID → answer without steps. time: seconds since the epoch."""
-
-    time: float
-    samples: Mapping[str, WorkerStats]
-
-
-@dataclass(frozen=True)
-class History:
-    """Polls of the last HISTORY_SECONDS, oldest first, and a thinned reservoir of steps."""
-
-    frames: tuple[Frame, ...] = ()
-    steps: tuple[Step, ...] = ()
-
-    def add(self, now: float, stats: Mapping[str, WorkerStats | MissingStats]) -> History:
-        """A new history with one more poll; missing answers leave a gap. Does not mutate."""
-        present = {
-            uid: sample for uid, sample in sorted(stats.items()) if isinstance(sample, WorkerStats)
-        }
-        last = self.frames[-1].samples if self.frames else {}
-        fresh: list[Step] = []
-        for uid, sample in present.items():
-            fresh += _new_steps(last.get(uid), sample)
-        frame = Frame(now, {uid: replace(sample, steps=()) for uid, sample in present.items()})
-        kept = tuple(old for old in self.frames if now - HISTORY_SECONDS <= old.time < now)
-        return History((*kept, frame), (*self.steps, *fresh)[-STEPS_KEPT:])
-
-
-def _new_steps(before: WorkerStats | None, sample: WorkerStats) -> tuple[Step, ...]:
-    """Steps not seen in the poll before, thinned evenly to STEPS_PER_SAMPLE."""
-    count = sample.counters.steps
-    if before is not None and before.counters.steps <= count:
-        count -= before.counters.steps
-    fresh = sample.steps[-count:] if count > 0 else ()
-    stride = max(1, -(-len(fresh) // STEPS_PER_SAMPLE))
-    return fresh[::-1][::stride][::-1]
 
 
 def worker_stats(document: Mapping[str, Any], age_seconds: float = 0.0) -> WorkerStats:

@@ -101,7 +101,7 @@ async def test_an_answer_becomes_stats_history_and_a_dirty_key(worker: FakeWorke
     assert isinstance(stats, WorkerStats)
     assert (stats.counters.arrivals, stats.gauges.waiting) == (3, 2)
     assert harness.polled == [KEY]
-    assert harness.poller.history(KEY).frames[0].samples["u"].counters.generated_tokens == 40
+    assert harness.poller.history(KEY).latest["u"].counters.generated_tokens == 40
     harness.poller.forget(KEY)
     assert harness.poller.history(KEY).frames == ()
 
@@ -211,7 +211,7 @@ async def test_an_answer_stands_for_ten_seconds_and_then_the_replica_is_unknown(
     stats = await harness.poll()
     assert isinstance(stats, WorkerStats)
     assert stats.age_seconds == 9
-    assert harness.poller.history(KEY).frames[-1].samples == {}, "a gap, not a copy"
+    assert harness.poller.history(KEY).latest == {}, "a gap, not a copy"
     harness.now += 2
     stats = await harness.poll()
     assert isinstance(stats, MissingStats)

@@ -18,7 +18,7 @@ from tilefleet_operator.observed import (
     pod_view,
     worker_stats,
 )
-from tilefleet_operator.stats import HISTORY_SECONDS, STEPS_KEPT, STEPS_PER_SAMPLE
+from tilefleet_operator.polls import HISTORY_SECONDS, STEPS_KEPT, STEPS_PER_SAMPLE
 from tilefleet_operator.units import quantity, rfc3339, seconds, timestamp
 
 POD: dict[str, Any] = {
@@ -175,7 +175,7 @@ def test_missing_field_of_stats_is_named() -> None:
 
 def test_history_is_bounded_and_never_mutated() -> None:
     first = History().add(NOW, {"a": stats(), "b": MissingStats("timeout")})
-    assert list(first.frames[0].samples) == ["a"]
+    assert list(first.latest) == ["a"]
     grown = first
     for i in range(1, 500):
         counters = {"arrivals": i}
