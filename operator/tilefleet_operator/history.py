@@ -154,12 +154,8 @@ def _body(deployment: InferenceDeployment, one: Revision, number: int) -> dict[s
     }
 
 
-def undo(known: tuple[Revision, ...], number: int = 0) -> list[dict[str, Any]]:
-    """The JSON patch (RFC 6902) of an InferenceDeployment that brings a recorded revision back.
-
-    number: of the revision; 0 means the one before the newest. The operator never applies it:
-    the spec is its user's. Raises RevisionNotFound, which names those that are recorded.
-    """
+def recorded(known: tuple[Revision, ...], number: int = 0) -> Revision:
+    """The revision of a number; of 0 the one before the newest. Raises RevisionNotFound."""
     if number:
         chosen = next((one for one in known if one.number == number), None)
     else:
@@ -168,6 +164,16 @@ def undo(known: tuple[Revision, ...], number: int = 0) -> list[dict[str, Any]]:
         have = ", ".join(str(one.number) for one in known) or "none"
         what = f"revision {number} is not recorded" if number else "there is no earlier revision"
         raise RevisionNotFound(f"{what}; recorded: {have}")
+    return chosen
+
+
+def undo(known: tuple[Revision, ...], number: int = 0) -> list[dict[str, Any]]:
+    """The JSON patch (RFC 6902) of an InferenceDeployment that brings a recorded revision back.
+
+    number: of the revision; 0 means the one before the newest. The operator never applies it:
+    the spec is its user's. Raises RevisionNotFound, which names those that are recorded.
+    """
+    chosen = recorded(known, number)
     operations = []
     for path in TEMPLATE_PATHS:
         value: Any = chosen.spec

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.operator.builders import DEFAULTS, NOW, UID, document, stats
+from tests.operator.builders import DEFAULTS, NOW, UID, document, record, stats
 from tests.operator.plugin_cluster import PluginCluster, kubeconfig, serving
 from tests.operator.test_hardware import FIXTURES
 from tilefleet_operator.api import parse
@@ -258,6 +258,51 @@ def test_rollout_pause_and_resume_set_one_field(cluster: PluginCluster, run: Run
     cluster.objects[FLEETS][0]["spec"]["paused"] = True
     assert run("rollout", "resume", "llm")[1] == "llm is resumed\n"
     assert cluster.writes[-1][2]["spec"] == {"paused": False}
+
+
+def recorded_changes(cluster: PluginCluster) -> list[str]:
+    """Two recorded revisions of the fleet; the second is the present one."""
+    fleet(cluster)
+    records = []
+    for number, tokens in enumerate((64, 128), start=1):
+        of = parse(document(replicas=2, engine={"maxBatchTokens": tokens}))
+        body = record(of, number)
+        body["metadata"]["creationTimestamp"] = rfc3339(NOW)
+        cluster.put("/apis/apps/v1/controllerrevisions", body)
+        records.append(body["metadata"]["labels"]["tilefleet.io/revision"])
+    cluster.objects[FLEETS][0]["status"]["currentRevision"] = records[1]
+    return records
+
+
+def test_rollout_history_lists_what_is_recorded(cluster: PluginCluster, run: Run) -> None:
+    first, second = recorded_changes(cluster)
+    code, out, _ = run("rollout", "history", "llm")
+    header, *rows = [line.split() for line in out.splitlines()]
+    assert (code, header) == (0, ["NUMBER", "REVISION", "AGE", "MODEL", "IMAGE", "STATE"])
+    assert [row[:2] for row in rows] == [["1", first], ["2", second]]
+    assert rows[1][3:] == ["file:///models/tiny", "cpu:1", "current"]
+    shown = json.loads(run("rollout", "history", "llm", "-o", "json")[1])
+    assert [one["spec"]["engine"]["maxBatchTokens"] for one in shown] == [64, 128]
+
+
+def test_rollout_undo_writes_the_earlier_spec_of_this_very_object(
+    cluster: PluginCluster, run: Run
+) -> None:
+    first, second = recorded_changes(cluster)
+    code, out, _ = run("rollout", "undo", "llm")
+    assert (code, out) == (0, f"llm has the spec of revision {first} (number 1) again\n")
+    ((where, query, operations),) = cluster.writes
+    assert where.endswith("/namespaces/team/inferencedeployments/llm")
+    assert query == {"fieldManager": "kubectl-tilefleet"}
+    assert operations[0] == {"op": "test", "path": "/metadata/uid", "value": UID}
+    written = {one["path"]: one["value"] for one in operations[1:]}
+    assert sorted(written) == ["/spec/accelerator", "/spec/engine", "/spec/model",
+                               "/spec/rollout/drain"]  # fmt: skip
+    assert written["/spec/engine"]["maxBatchTokens"] == 64
+    assert second in run("rollout", "undo", "llm", "--to-revision", "2")[1]
+    code, _, err = run("rollout", "undo", "llm", "--to-revision", "7")
+    assert code != 0
+    assert "revision 7 is not recorded; recorded: 1, 2" in err
 
 
 def test_logs_name_the_replica_of_each_line(cluster: PluginCluster, run: Run) -> None:

@@ -1,14 +1,14 @@
 """The user's way to the cluster: kubeconfig, context, namespace, and what is not a verb of the
-client: logs, and a worker's /stats through the API server.
+client: logs, JSON patches, and a worker's /stats through the API server.
 
-It writes nothing by itself.
+It does not know what is read or written.
 """
 
 import argparse
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -62,6 +62,21 @@ class Connection:
             return MissingStats(str(error)[:200])
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return MissingStats(f"no answer: {str(error) or type(error).__name__}"[:200])
+
+    async def json_patch(self, where: str, operations: Sequence[Mapping[str, object]]) -> None:
+        """Patch the object at an API path (RFC 6902); all operations or none. Raises ApiError."""
+        url = f"{self.api.login.server.rstrip('/')}{where}"
+        headers = {"Content-Type": "application/json-patch+json"}
+        query = {"fieldManager": FIELD_MANAGER}
+        try:
+            async with self.session.patch(
+                url, data=json.dumps(operations), headers=headers, params=query
+            ) as response:
+                if response.status >= 400:
+                    text = _message(await response.content.read(4096))
+                    raise ApiError(response.status, "PatchFailed", text, f"patch {where}")
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ApiError(0, "Unreachable", str(error), f"patch {where}") from error
 
     async def log(self, namespace: str, pod: str, query: Mapping[str, str]) -> AsyncIterator[str]:
         """Lines of a pod's log, without their ends. Raises ApiError."""

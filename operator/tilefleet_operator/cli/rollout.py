@@ -1,4 +1,4 @@
-"""``kubectl tilefleet rollout``: watch a change of revision, pause it, resume it."""
+"""``kubectl tilefleet rollout``: watch a change of revision, pause it, resume it, undo it."""
 
 import argparse
 import asyncio
@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from tilefleet_operator.api import API_VERSION, KIND
+from tilefleet_operator.cli import revisions
 from tilefleet_operator.cli.connection import FIELD_MANAGER, connect
 from tilefleet_operator.cli.drain import wait_seconds
 from tilefleet_operator.cli.fleets import FleetView, fleet
@@ -15,7 +16,7 @@ from tilefleet_operator.resources import DEPLOYMENTS
 def add(commands: Any, flags: argparse.ArgumentParser) -> None:
     """Add the command, with its sub-commands and flags."""
     parser = commands.add_parser(
-        "rollout", help="watch, pause or resume a change of revision", allow_abbrev=False
+        "rollout", help="watch, pause, resume or undo a change of revision", allow_abbrev=False
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     status = _action(
@@ -30,6 +31,7 @@ def add(commands: Any, flags: argparse.ArgumentParser) -> None:
             "no pod any more" if paused else "pods again"
         )
         _action(actions, name, flags, text).set_defaults(run=_pause, paused=paused)
+    revisions.add(actions, flags)
 
 
 def _action(
@@ -63,6 +65,8 @@ def progress(view: FleetView) -> tuple[bool, str]:
     if view.condition("SpecValid").get("status") == "False":
         return False, str(view.condition("SpecValid")["message"])
     desired, ready = status.get("desiredReplicas", 0), status.get("readyReplicas", 0)
+    if view.condition("Progressing").get("reason") == "ProgressDeadlineExceeded":
+        return False, str(view.condition("Progressing")["message"])
     if view.condition("Progressing").get("status") == "True":
         return False, _with_reason(view, str(view.condition("Progressing")["message"]))
     if ready < desired or status.get("updatedReplicas", 0) < desired:
