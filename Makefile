@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.locked
 
-.PHONY: bench-operator system help demo test test-unit test-cluster test-rolls check format bench image cluster cluster-down lock
+.PHONY: bench-operator system help demo test test-unit test-cluster test-rolls test-faults check format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -24,6 +24,10 @@ test-cluster: system $(STAMP)  ## tests on a real API server and on the local cl
 test-rolls: system $(STAMP)  ## 20 rolls and 20 scale-downs under 60 open streams; `make test` does 2
 	@python3 -u hack/cluster binaries
 	ROLLS=20 $(PY) -m pytest tests/e2e/test_rolls.py -s --timeout 14400
+
+test-faults: system $(STAMP)  ## every fault at every write of a fleet's life: kills, errors, dead watches, frozen leaders
+	@python3 -u hack/cluster binaries > /dev/null
+	$(PY) -m tests.faults
 
 check: $(STAMP)  ## format, lint, types, import contracts, generated files, line budget
 	.venv/bin/ruff format --check .

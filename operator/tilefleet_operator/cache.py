@@ -121,7 +121,7 @@ class ObjectCache:
         """
         if uid in self._gone:
             return
-        wanted = _NEVER if resource_version is None else int(resource_version)
+        wanted = NEVER if resource_version is None else int(resource_version)
         held = self._objects.get((plural, uid))
         if held is not None and version(held) >= wanted:
             return
@@ -148,12 +148,18 @@ class ObjectCache:
             return None
         return expected.deadline - self.clock()
 
-    def settle(self, key: Key) -> None:
-        """Forget what was expected of ``key``: a list that began after its last write was taken."""
-        self._expected.pop(key, None)
+    def settle(self, key: Key, listed: Mapping[str, int]) -> bool:
+        """Forget what was expected of ``key`` up to the versions of lists; whether that was all.
+
+        What a list is too old for gets a new deadline: that server lags behind our own write.
+        """
+        if expected := self._expected.get(key):
+            late = {k: v for k, v in expected.versions.items() if v > listed.get(k[0], 0)}
+            expected.versions, expected.deadline = late, self.clock() + EXPECTATION_SECONDS
+        return self.unmet(key) is None
 
     def changes(self, plural: str) -> int:
-        """How often the view of a resource has changed; equal numbers mean an equal view."""
+        """How often the view of a resource has changed."""
         return self._changes.get(plural, 0)
 
     def ages(self) -> dict[str, float]:
@@ -220,7 +226,7 @@ class ObjectCache:
             self._gone.popitem(last=False)
 
 
-_NEVER = 2**63
+NEVER = 2**63
 """A version that no object reaches: met only by the object's end."""
 
 

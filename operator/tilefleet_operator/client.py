@@ -1,8 +1,9 @@
 """A client of the Kubernetes API: six verbs over plain JSON.
 
-Each request has a time limit, each mutating one passes a guard and a token bucket, each failure is
-a typed ApiError. Nothing is retried here: the owner of the key decides, by the backoff of its
-queue. It does not know what is written, nor why.
+Each request has a time limit and passes one token bucket, which a 429 pauses; each mutating one
+passes a guard; each failure is a typed ApiError. Nothing is retried here: the owner of the key
+decides, by the backoff of its queue. The Lease passes neither: it must never wait. It does not know
+what is written, nor why.
 """
 
 import asyncio
@@ -17,7 +18,6 @@ import aiohttp
 from tilefleet_operator.api import FIELD_MANAGER
 from tilefleet_operator.errors import (
     ApiError,
-    ConfigInvalid,
     Conflict,
     Forbidden,
     Gone,
@@ -26,12 +26,12 @@ from tilefleet_operator.errors import (
     Unprocessable,
 )
 from tilefleet_operator.login import Login
-from tilefleet_operator.rate import TokenBucket
+from tilefleet_operator.rate import Rate, TokenBucket
 from tilefleet_operator.resources import LEASES, Resource, path
+from tilefleet_operator.transport import Transport
 
 Json = dict[str, Any]
 LIST_CHUNK = 500
-CONNECTIONS = 16  # a burst of creates must not take the API server's whole share of one client
 _ERRORS = {403: Forbidden, 404: NotFound, 409: Conflict, 410: Gone, 422: Unprocessable}
 
 
@@ -55,26 +55,25 @@ class ApiClient:
         login: Login,
         *,
         timeout_seconds: float = 10.0,
-        writes: TokenBucket | None = None,
+        rate: Rate | None = None,
         guard: Callable[[], float] | None = None,
         observer: Observer | None = None,
     ) -> None:
         """guard: returns the seconds left for a write, or raises; see election.Election.guard."""
-        self.login = login
         self.timeout_seconds = timeout_seconds
         self.guard = guard
-        self._writes = writes or TokenBucket(per_second=50.0, burst=100)
+        rate = rate or Rate(per_second=200.0, burst=400)
+        self._tokens = TokenBucket(rate.per_second, rate.burst)
         self._observer = observer
-        self._session: aiohttp.ClientSession | None = None
+        self.login = login
+        self._transport = Transport(login)
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=CONNECTIONS, ssl=self.login.ssl_context or True)
-        self._session = aiohttp.ClientSession(connector=connector)
+        await self._transport.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._transport.__aexit__()
 
     async def get(
         self,
@@ -110,7 +109,9 @@ class ApiClient:
         while True:
             page_query = {**query, "continue": token} if token else query
             page = await self._request("GET", resource, where, verb="list", query=page_query)
-            items += page.get("items") or ()
+            # The items of a list of built-in kinds do not say what they are; those of a watch do.
+            what = {"apiVersion": resource.api_version, "kind": resource.kind}
+            items += [what | item for item in page.get("items") or ()]
             token = page["metadata"].get("continue") or ""
             if not token:
                 return ListResult(tuple(items), page["metadata"]["resourceVersion"])
@@ -183,15 +184,16 @@ class ApiClient:
         limit: float | None = None,
     ) -> Json:
         limit = limit or self.timeout_seconds
-        if method != "GET" and resource is not LEASES:
-            await asyncio.sleep(self._writes.take())
-            if self.guard is not None:
-                limit = min(limit, self.guard())
+        guard = None if method == "GET" or resource is LEASES else self.guard
+        if resource is not LEASES:
+            await asyncio.sleep(self._tokens.take())
+        if guard is not None:
+            limit = min(limit, guard())
         started, status = time.monotonic(), 0
         try:
             async with asyncio.timeout(limit):
-                status, headers, payload = await self._send(
-                    method, where, query, body, content_type
+                status, headers, payload = await self._transport.send(
+                    method, where, query, body, content_type, guard
                 )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             what = f"no answer in {limit:.3g} s" if isinstance(error, TimeoutError) else str(error)
@@ -200,33 +202,15 @@ class ApiClient:
             if self._observer is not None:
                 self._observer(verb, resource.plural, status, time.monotonic() - started)
         if status >= 400:
-            raise _failure(verb, where, status, headers, payload)
+            failure = _failure(verb, where, status, headers, payload)
+            if isinstance(failure, TooManyRequests):
+                self._tokens.pause(failure.retry_after_seconds)
+            raise failure
         try:
             result: Json = json.loads(payload)
         except ValueError as error:
             raise ApiError(status, "BadBody", f"no JSON: {error}", f"{verb} {where}") from error
         return result
-
-    async def _send(
-        self,
-        method: str,
-        where: str,
-        query: Mapping[str, str] | None,
-        body: Mapping[str, Any] | None,
-        content_type: str,
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        if self._session is None:
-            raise ConfigInvalid("ApiClient is not open; use it as `async with ApiClient(...)`")
-        headers = {"Accept": "application/json", "Content-Type": content_type}
-        token = self.login.token()
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        url = self.login.server.rstrip("/") + where
-        async with self._session.request(
-            method, url, params=query, data=data, headers=headers, allow_redirects=False
-        ) as response:
-            return response.status, response.headers, await response.read()
 
 
 def _failure(

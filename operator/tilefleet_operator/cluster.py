@@ -9,7 +9,7 @@ from typing import Any
 
 from tilefleet_operator import children
 from tilefleet_operator.api import PLURAL, InferenceDeployment, parse
-from tilefleet_operator.cache import Key, ObjectCache, child_key, version
+from tilefleet_operator.cache import NEVER, Key, ObjectCache, child_key, version
 from tilefleet_operator.client import ApiClient
 from tilefleet_operator.errors import NotFound, SpecInvalid
 from tilefleet_operator.observed import (
@@ -65,12 +65,16 @@ class Cluster:
         self.monitors_served = False
 
     async def list_all(self) -> None:
-        """List every resource into the cache; what is gone is forgotten. Raises ApiError."""
+        """List every resource into the cache; what is gone is forgotten. Raises ApiError.
+
+        Owners last: a fleet that was deleted meanwhile must not show without the pods that went
+        with it, or they would be made again.
+        """
         for resource, selector in (
-            (DEPLOYMENTS, ""),
+            (NODES, ""),
             (PODS, LABEL_DEPLOYMENT),
             *((resource, LABEL_DEPLOYMENT) for resource in CHILDREN),
-            (NODES, ""),
+            (DEPLOYMENTS, ""),
         ):
             await self._list(resource, selector)
         self._views = _Views()
@@ -82,20 +86,26 @@ class Cluster:
         items = [item for one in lists for item in one.items]
         self.cache.replace(resource.plural, items, oldest, labelled=bool(selector))
 
-    async def list_key(self, key: Key) -> None:
-        """List the children of one key, and the object itself. Raises ApiError."""
+    async def list_key(self, key: Key) -> bool:
+        """List the children of one key, and the object itself. Raises ApiError.
+
+        Returns whether every own write of the key is in the view now.
+        """
         namespace, name = key
         selector = f"{LABEL_DEPLOYMENT}={name}"
+        listed = {}
         for resource in (PODS, *CHILDREN):
             found = await self.api.list(resource, namespace, label_selector=selector)
             self.cache.replace(resource.plural, found.items, found.resource_version, key=key)
+            listed[resource.plural] = int(found.resource_version)
         held = self.cache.get(PLURAL, namespace, name)
         try:
             self.cache.observe(PLURAL, None, await self.api.get(DEPLOYMENTS, namespace, name))
         except NotFound:
+            listed[PLURAL] = NEVER
             if held is not None:
                 self.cache.bury(PLURAL, held["metadata"]["uid"])
-        self.cache.settle(key)
+        return self.cache.settle(key, listed)
 
     async def recheck_names(self, deployment: InferenceDeployment) -> None:
         """Read foreign objects that hold a child's name anew: no watch shows what has no label."""

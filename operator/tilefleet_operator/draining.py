@@ -25,6 +25,8 @@ from tilefleet_operator.units import rfc3339, seconds
 
 # An answer must be this much younger than the order to drain before it proves anything.
 DRAIN_PROOF_SECONDS = REMOVAL_DELAY_SECONDS + 1.0
+# The clocks of two operators may differ this much; beyond it one of them was set back.
+CLOCK_SECONDS = 5.0
 
 
 def leave(
@@ -64,6 +66,10 @@ def finish(snapshot: Snapshot, pods: Fleet, now: float) -> Iterator[Action]:
         started = pod.drain_started
         if started is None:
             yield _drain(deployment, pod, now, "it drains, but nothing says since when")
+        elif started > now + CLOCK_SECONDS:
+            yield _drain(
+                deployment, pod, now, "its drain began in the future: a clock was set back"
+            )
         elif now >= started + timeout:
             why = f"its requests did not end within drain.timeout {timeout:g} s"
             yield Delete(pod.name, pod.namespace, pod.uid, why)

@@ -13,10 +13,10 @@ import datetime
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from tilefleet_operator.errors import ApiError, Conflict, LeaseLost, NotFound
+from tilefleet_operator.errors import ApiError, ConfigInvalid, Conflict, LeaseLost, NotFound
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class LeaseStore(Protocol):
         """Replace the Lease if its resourceVersion is still the same."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LeaseTiming:
     """Seconds. A crashed leader is replaced after at most ``duration + retry`` and one request."""
 
@@ -51,6 +51,17 @@ class LeaseTiming:
     """Pause between looks of a follower."""
     request_seconds: float = 3.0
     """Limit of one request."""
+
+    @classmethod
+    def of(cls, duration_seconds: float) -> "LeaseTiming":
+        """All of it in the proportions of the defaults. Raises ConfigInvalid below 2 s."""
+        if not 2.0 <= duration_seconds <= 600.0:
+            raise ConfigInvalid(
+                f"a Lease of {duration_seconds:g} s: below 2 s every pause of the API server loses"
+                " it, above 600 s a crash stops all work for as long; give 2 to 600"
+            )
+        share = duration_seconds / cls.duration_seconds
+        return cls(*(getattr(cls, field.name) * share for field in fields(cls)))
 
 
 class Election:

@@ -64,11 +64,16 @@ class Executor:
 
         Independent children do not wait for each other's errors: all are tried, and all errors are
         raised together as an ExceptionGroup of ApiError. Pods wait for the next plan when a child's
-        name is taken: it may be their ServiceAccount's. LeaseLost is raised at once.
+        name is taken: it may be their ServiceAccount's; and when a pod that was to leave stays:
+        their number counts on its room. LeaseLost is raised at once.
         """
         errors: list[Exception] = []
+        crowded = False
         for _, chosen in itertools.groupby(sorted(plan.actions, key=_rank), _rank):
-            errors += await self._all(owner.key, list(chosen))
+            actions = [action for action in chosen if not (crowded and _makes_pod(action))]
+            failed = await self._all(owner.key, actions)
+            errors += failed
+            crowded |= bool(failed) and isinstance(actions[0], Drain | Delete)
             if any(isinstance(error, NameTaken) for error in errors):
                 break  # pods rank last; the next plan knows whose name it is, and decides anew
         events = [*plan.events, *(_failure_event(error) for error in errors)]
@@ -142,18 +147,33 @@ class Executor:
         resource = BY_KIND[action.kind]
         try:
             answer = await self.api.delete(resource, action.namespace, action.name, action.uid)
-        except (NotFound, Conflict):
-            # Gone already, or the name belongs to a newer object: this UID is dead either way.
+        except NotFound:
             self.cache.bury(resource.plural, action.uid)
+            return
+        except Conflict:
+            await self._bury_if_replaced(resource, action)
             return
         if resource is MONITORS:
             self.cache.bury(resource.plural, action.uid)  # no watch will show its end
             return
         metadata = answer.get("metadata") or {}
         # Without a grace period the object is gone at once, and the watch shows only its end.
-        lingers = metadata.get("uid") == action.uid and metadata.get("deletionGracePeriodSeconds")
+        lingers = metadata.get("uid") == action.uid and (
+            metadata.get("deletionGracePeriodSeconds") or metadata.get("finalizers")
+        )
         seen_at = metadata["resourceVersion"] if lingers else None
         self.cache.expect(key, resource.plural, action.uid, seen_at)
+
+    async def _bury_if_replaced(self, resource: Resource, action: Delete) -> None:
+        """After a conflict: the name belongs to a newer object, and this UID is dead; or not.
+
+        A conflict may have other causes than our precondition. Raises Conflict for those.
+        """
+        named = f"metadata.name={action.name}"
+        found = await self.api.list(resource, action.namespace, field_selector=named)
+        if any(item["metadata"]["uid"] == action.uid for item in found.items):
+            raise Conflict(409, "Conflict", "another change came first", f"delete {action.name}")
+        self.cache.bury(resource.plural, action.uid)
 
     async def _status(self, owner: Owner, plan: Plan) -> None:
         body = {
@@ -216,6 +236,10 @@ class Executor:
 def _rank(action: Action) -> tuple[int, bool]:
     """Actions of one rank do not need each other; pods need the children before them."""
     return (Drain, Delete, Apply).index(type(action)), action.kind == "Pod"
+
+
+def _makes_pod(action: Action) -> bool:
+    return isinstance(action, Apply) and action.kind == PODS.kind
 
 
 def _failure_event(error: Exception) -> tuple[str, str, str]:

@@ -5,6 +5,7 @@ It does not know how leadership is won.
 
 import asyncio
 import logging
+import math
 import random
 import signal
 import time
@@ -18,7 +19,7 @@ from tilefleet_operator.cache import ObjectCache
 from tilefleet_operator.client import ApiClient
 from tilefleet_operator.cluster import Cluster
 from tilefleet_operator.desired import Defaults
-from tilefleet_operator.errors import ApiError
+from tilefleet_operator.errors import ApiError, TooManyRequests
 from tilefleet_operator.executor import Executor
 from tilefleet_operator.handlers import Shell
 from tilefleet_operator.login import Login
@@ -41,6 +42,9 @@ class LeaderTiming:
     """Pause before the full list that follows a broken watch; several breaks share one."""
     retry_seconds: float = 2.0
     """Pause after a full list that failed."""
+    suspect_seconds: float = 80.0
+    """How long full lists go on after a watch was late, with doubling pauses: a half-open watch
+    is replaced after 70 s, see handlers.configure."""
     foreign_seconds: float = 30.0
     """Pause between looks at the devices that pods of others hold; only with AMD fleets."""
     monitor_seconds: float = 60.0
@@ -68,9 +72,12 @@ class Leader:
         self.cluster = Cluster(api, self.cache, namespaces)
         self.poller = WorkerPoller(self.cluster.poll_targets, self.queue.add, telemetry)
         self.executor = Executor(api, self.cache, telemetry, post_drain, identity)
-        self.reconciler = Reconciler(self.cluster, self.executor, self.poller, defaults, telemetry)
+        self.reconciler = Reconciler(
+            self.cluster, self.executor, self.poller, defaults, telemetry, late=self._late
+        )
         self.shell = Shell(self.cluster, login, self.queue.add, self._relisted)
         self._resync_now = asyncio.Event()
+        self._late_since = -math.inf
         self._stop_kopf = asyncio.Event()
         self._synced = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
@@ -140,7 +147,8 @@ class Leader:
                 return
             except ApiError as error:
                 logger.warning("the full list failed, nothing is changed until it works: %s", error)
-                await asyncio.sleep(self.timing.retry_seconds)
+                asked = error.retry_after_seconds if isinstance(error, TooManyRequests) else 0.0
+                await asyncio.sleep(max(self.timing.retry_seconds, asked))
 
     async def _resync(self, kopf_ready: asyncio.Event, on_signal: Callable[[], None]) -> None:
         await kopf_ready.wait()
@@ -151,7 +159,7 @@ class Leader:
             for key in self.cache.deployment_keys():
                 self.queue.add(key)
             self._synced.set()
-            pause = self.timing.resync_seconds * random.uniform(0.75, 1.25)
+            pause = self._resync_pause()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._resync_now.wait(), pause)
                 await asyncio.sleep(self.timing.relist_seconds)
@@ -159,6 +167,18 @@ class Leader:
             started = time.monotonic()
             await self._list_until_done()
             logger.info("full list in %.2f s", time.monotonic() - started)
+
+    def _resync_pause(self) -> float:
+        """Long while the watches work; as long as the doubt has lasted after one was late."""
+        doubted = time.monotonic() - self._late_since
+        if doubted < self.timing.suspect_seconds:
+            return max(self.timing.relist_seconds, doubted)
+        return self.timing.resync_seconds * random.uniform(0.75, 1.25)
+
+    def _late(self) -> None:
+        if time.monotonic() - self._late_since > self.timing.suspect_seconds:
+            self._late_since = time.monotonic()
+            self._resync_now.set()
 
     def _relisted(self) -> None:
         self._resync_now.set()

@@ -18,6 +18,7 @@ from tilefleet_operator.desired import Defaults
 from tilefleet_operator.election import Election, LeaseTiming
 from tilefleet_operator.leader import Leader
 from tilefleet_operator.login import login
+from tilefleet_operator.rate import Rate
 from tilefleet_operator.resources import LEASES
 from tilefleet_operator.telemetry import Telemetry, serve_metrics, serve_probes
 
@@ -47,6 +48,8 @@ class RunConfig:
     kubeconfig: str | None = None
     """None: the pod's service account."""
     timing: LeaseTiming = field(default_factory=LeaseTiming)
+    rate: Rate = field(default_factory=lambda: Rate(per_second=200.0, burst=400))
+    """Of all requests to the API server but the Lease's and the watches."""
 
 
 class ApiLease:
@@ -81,7 +84,12 @@ class Process:
         self.config = config
         self.telemetry = Telemetry()
         self.login = login(config.kubeconfig)
-        self.api = ApiClient(self.login, guard=self._guard, observer=self.telemetry.observe_request)
+        self.api = ApiClient(
+            self.login,
+            rate=config.rate,
+            guard=self._guard,
+            observer=self.telemetry.observe_request,
+        )
         # A client of its own: the Lease must never wait behind a burst of other requests.
         self.lease_api = ApiClient(self.login, observer=self.telemetry.observe_request)
         # The suffix tells this process from one of the same name that was killed.

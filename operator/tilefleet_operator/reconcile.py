@@ -30,9 +30,12 @@ class Reconciler:
         defaults: Defaults,
         telemetry: Telemetry,
         wall: Callable[[], float] = time.time,
+        late: Callable[[], None] = lambda: None,
     ) -> None:
+        """late: called when a watch did not show an own write in time; it may be half-open."""
         self.cluster, self.executor, self.poller = cluster, executor, poller
         self.defaults, self.telemetry, self.wall = defaults, telemetry, wall
+        self.late = late
 
     async def reconcile(self, key: Key) -> float | None:
         """One round for ``key``; returns seconds until the next is needed anyway, or None.
@@ -79,8 +82,8 @@ class Reconciler:
             self.telemetry.stale_plan_skips.inc()
             return True
         logger.warning("%s/%s: the watch is late, listing instead", *key)
-        await self.cluster.list_key(key)
-        return False
+        self.late()
+        return not await self.cluster.list_key(key)
 
     def _forget(self, key: Key) -> None:
         self.poller.forget(key)

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from tilefleet_operator.errors import OperatorError
 from tilefleet_operator.rate import TokenBucket
 
+_SPARE = 64
+"""Superseded entries that the heap may hold beyond one a key: memory is bounded by the keys."""
+
 Key = tuple[str, str]
 """(namespace, name) of one InferenceDeployment."""
 
@@ -77,6 +80,9 @@ class WorkQueue:
         waiting[key] = when
         if waiting is self._due:
             heapq.heappush(self._heap, (when, key))
+            if len(self._heap) > 2 * len(self._due) + _SPARE:
+                self._heap = [(when, key) for key, when in self._due.items()]
+                heapq.heapify(self._heap)
             self._wake.set()
 
     def close(self) -> None:
@@ -151,7 +157,8 @@ class WorkQueue:
     def _backoff(self, key: Key) -> float:
         count = self._failures[key] = self._failures.get(key, 0) + 1
         full = min(self.limits.cap_seconds, self.limits.base_seconds * 2.0 ** min(count - 1, 30))
-        return full * (0.5 + self.rand() / 2)
+        # Full jitter: keys that failed together must not come back together.
+        return max(self.limits.base_seconds, full * self.rand())
 
     def _seconds_to_next(self) -> float | None:
         """Seconds until a key may be handed out, <= 0 for now, None for an empty queue."""

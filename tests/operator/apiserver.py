@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +82,8 @@ class ApiServer:
         self.url = f"https://127.0.0.1:{port}"
         self.authority = folder / "apiserver.crt"
         self.audit_log = folder / "audit.log"
+        self.restart: Callable[[], None] = lambda: None
+        """kill -9 the server, keep etcd, and wait until it is ready again."""
 
     def request(
         self, method: str, path: str, body: Json | None = None, kind: str = "application/json"
@@ -182,7 +184,7 @@ def binaries() -> dict[str, str]:
 @contextmanager
 def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that dies with the block, and with this process."""
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
         yield process
@@ -231,9 +233,19 @@ def running(folder: Path) -> Iterator[ApiServer]:
         f"--audit-log-path={folder}/audit.log",
         "--audit-log-maxsize=1000",
     ]
-    with started(etcd, folder / "etcd.log"), started(server, folder / "apiserver.log") as process:
-        api = ApiServer(folder, secure, tokens)
-        until("the API server is ready", lambda: _is_ready(api, process), 120, 0.2)
+    api = ApiServer(folder, secure, tokens)
+    with started(etcd, folder / "etcd.log"), ExitStack() as stack:
+
+        def start() -> None:
+            process = stack.enter_context(started(server, folder / "apiserver.log"))
+            until("the API server is ready", lambda: _is_ready(api, process), 120, 0.2)
+
+        def restart() -> None:
+            stack.close()
+            start()
+
+        api.restart = restart
+        start()
         _install_crd(api)
         yield api
 
@@ -274,10 +286,13 @@ def _serves(api: ApiServer) -> bool:
     return True
 
 
-def grant(api: ApiServer, namespace: str) -> None:
-    """The rights that the chart gives an operator in a namespace, for our two users."""
+def grant(api: ApiServer, namespace: str, everywhere: bool = False) -> None:
+    """The rights that the chart gives an operator, for our two users.
+
+    In its own namespace; everywhere: in all namespaces.
+    """
     with helm.Chart.load(str(ROOT / "helm" / "tilefleet")) as chart:
-        values = {"watchNamespaces": [namespace]}
+        values = {"watchNamespaces": [] if everywhere else [namespace]}
         texts = chart.render(values, name="tilefleet", namespace=namespace)
     subjects = [
         {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": user}

@@ -247,6 +247,55 @@ async def test_no_write_without_the_lease(server: FakeApiServer) -> None:
     assert [request[0] for request in server.requests] == ["GET", "PUT"]
 
 
+async def test_the_lease_is_asked_again_when_a_connection_is_at_hand(
+    server: FakeApiServer,
+) -> None:
+    """A write that waited for its connection past the Lease is not sent."""
+    asked: list[None] = []
+
+    def guard() -> float:
+        asked.append(None)
+        if len(asked) > 1:
+            raise errors.LeaseLost("late")
+        return 5.0
+
+    for warm in (False, True):
+        asked.clear()
+        server.requests.clear()
+        async with ApiClient(Login(server.url, None, lambda: None), guard=guard) as api:
+            if warm:
+                await api.get(PODS, "ns", "a")
+            with pytest.raises(errors.LeaseLost):
+                await api.apply(PODS, pod())
+        assert [method for method, *_ in server.requests] == (["GET"] if warm else [])
+
+
+async def test_a_429_pauses_every_request_but_the_leases(
+    client: ApiClient, server: FakeApiServer
+) -> None:
+    server.handler = answer(429, "TooManyRequests", {"Retry-After": "60"})
+    with pytest.raises(errors.TooManyRequests):
+        await client.apply(PODS, pod())
+    server.handler = server.echo
+    await client.get(LEASES, "ns", "lease")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await client.get(PODS, "ns", "a")
+    assert [method for method, *_ in server.requests] == ["PATCH", "GET"]
+
+
+async def test_a_listed_object_says_what_it_is(client: ApiClient, server: FakeApiServer) -> None:
+    """As one of a watch does: or the same Service would look different after a restart."""
+
+    async def listed(_: web.Request) -> web.Response:
+        items = [{"metadata": {"name": "a"}}]
+        return web.json_response({"metadata": {"resourceVersion": "1"}, "items": items})
+
+    server.handler = listed
+    found = await client.list(PODS, "ns")
+    assert (found.items[0]["apiVersion"], found.items[0]["kind"]) == ("v1", "Pod")
+
+
 async def test_a_write_may_not_outlast_the_lease(server: FakeApiServer) -> None:
     async def hang(_: web.Request) -> web.Response:
         await asyncio.sleep(0.8)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tilefleet_operator.cache import ObjectCache
+from tilefleet_operator.client import ListResult
 from tilefleet_operator.errors import Conflict, Forbidden, LeaseLost, NotFound, Unprocessable
 from tilefleet_operator.executor import Executor, Owner
 from tilefleet_operator.plan import Apply, Delete, Drain, Plan
@@ -22,6 +23,7 @@ class RecordingApi:
         self.bodies: list[Any] = []
         self.failures: dict[tuple[str, str], Exception] = {}
         self.services: dict[str, Any] = {}
+        self.living: list[str] = []
         self.grace_seconds = 30
         self.version = 100
 
@@ -36,6 +38,10 @@ class RecordingApi:
         if name not in self.services:
             raise NotFound(404, "NotFound", name)
         return self.services[name]
+
+    async def list(self, resource: Resource, namespace: str, *, field_selector: str) -> Any:
+        found = [{"metadata": {"uid": uid}} for uid in self.living]
+        return ListResult(tuple(found), str(self.version))
 
     async def apply(
         self, resource: Resource, body: Any, *, field_manager: str = "t", subresource: str = ""
@@ -137,9 +143,9 @@ async def test_a_pod_without_address_is_relabelled_but_not_called(harness: Harne
 async def test_an_error_stops_no_other_action_and_not_the_status(harness: Harness) -> None:
     quota = Forbidden(403, "Forbidden", "exceeded quota: pods=10")
     invalid = Unprocessable(422, "Invalid", "bad image")
-    harness.api.failures = {("delete", "a"): quota, ("apply", "b"): invalid}
+    harness.api.failures = {("apply", "a"): quota, ("apply", "b"): invalid}
     with pytest.raises(ExceptionGroup) as caught:
-        await harness.execute(gone("a"), child("Pod", "b"), child("Pod", "c"), status={})
+        await harness.execute(*(child("Pod", name) for name in "abc"), status={})
     assert set(caught.value.exceptions) == {quota, invalid}
     assert ("apply", "Pod", "c") in harness.api.calls
     assert harness.api.calls[-1][0] == "status"
@@ -147,7 +153,7 @@ async def test_an_error_stops_no_other_action_and_not_the_status(harness: Harnes
     assert any("exceeded quota" in body["message"] for body in warned)
     value = harness.telemetry.registry.get_sample_value
     name = "tilefleet_operator_actions_total"
-    assert value(name, {"action": "apply", "result": "error"}) == 1
+    assert value(name, {"action": "apply", "result": "error"}) == 2
     assert value(name, {"action": "apply", "result": "ok"}) == 1
 
 
@@ -191,6 +197,16 @@ async def test_a_delete_at_once_is_met_by_the_end(harness: Harness) -> None:
     assert harness.cache.unmet(OWNER.key) is not None
 
 
+async def test_no_pod_is_made_while_one_that_was_to_leave_stays(harness: Harness) -> None:
+    """The plan counted on the room; other children do not wait."""
+    harness.api.failures = {("delete", "a"): Forbidden(403, "Forbidden", "webhook")}
+    with pytest.raises(ExceptionGroup):
+        await harness.execute(gone("a"), child("Pod", "b"), child("Service", "s"), status={})
+    assert ("apply", "Service", "s") in harness.api.calls
+    assert ("apply", "Pod", "b") not in harness.api.calls
+    assert ("status", "InferenceDeployment", "fleet") in harness.api.calls
+
+
 @pytest.mark.parametrize("error", [NotFound(404, "NotFound", ""), Conflict(409, "Conflict", "uid")])
 async def test_deleting_what_is_gone_corrects_the_view(harness: Harness, error: Exception) -> None:
     """A ghost in the cache must not be deleted for ever."""
@@ -199,6 +215,16 @@ async def test_deleting_what_is_gone_corrects_the_view(harness: Harness, error: 
     await harness.execute(gone("a"))
     assert harness.cache.children("pods", OWNER.key) == []
     assert harness.cache.unmet(OWNER.key) is None
+
+
+async def test_a_conflict_over_a_pod_that_lives_does_not_hide_it(harness: Harness) -> None:
+    """A conflict has other causes than our precondition; the pod must be deleted later."""
+    harness.see_pod("a", 50)
+    harness.api.failures = {("delete", "a"): Conflict(409, "Conflict", "try again")}
+    harness.api.living = ["uid-a"]
+    with pytest.raises(ExceptionGroup):
+        await harness.execute(gone("a"))
+    assert len(harness.cache.children("pods", OWNER.key)) == 1
 
 
 async def test_a_service_of_somebody_else_is_not_taken_over(harness: Harness) -> None:

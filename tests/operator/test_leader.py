@@ -113,6 +113,17 @@ async def test_a_broken_watch_is_followed_by_a_list(harness: Harness) -> None:
     assert harness.api.lists == 2, "several breaks share one list"
 
 
+async def test_a_late_watch_is_doubted_for_a_while(harness: Harness) -> None:
+    """A half-open watch shows nothing for up to 70 s: lists stand in, ever more rarely."""
+    start(harness)
+    await harness.until(lambda: KEY in harness.reconciled)
+    before = harness.api.lists
+    for _ in range(5):
+        harness.leader.reconciler.late()
+    await harness.until(lambda: harness.api.lists >= before + 3)
+    assert harness.leader._resync_pause() > harness.leader.timing.relist_seconds
+
+
 @pytest.mark.parametrize("error", [ValueError("defect"), None])
 async def test_any_task_that_ends_ends_the_leader(
     harness: Harness, error: Exception | None

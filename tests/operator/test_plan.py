@@ -105,6 +105,8 @@ def test_surplus_drains_first_and_is_deleted_when_no_request_is_left() -> None:
     silent = replace(found, stats={**answers, idle.uid: MissingStats("timeout")})
     assert kinds(silent, NOW + 299) == []
     assert kinds(silent, NOW + 300) == [("Delete", idle.name)]
+    # A clock that was set back by an hour must not make the drain an hour longer.
+    assert kinds(working, NOW - 3600) == [("Drain", idle.name)]
 
 
 def test_surplus_that_is_not_ready_goes_at_once_and_first() -> None:

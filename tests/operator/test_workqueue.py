@@ -105,6 +105,30 @@ async def test_events_wake_a_failing_key_late_but_before_its_backoff(
     assert await take(queue) == A
 
 
+async def test_keys_that_failed_together_come_back_apart(clock: Clock) -> None:
+    """Full jitter: anywhere from the first backoff to the whole one."""
+    shares = iter([0.0, 0.25, 1.0])
+    queue = WorkQueue(QueueLimits(base_seconds=1.0), clock=clock, rand=lambda: next(shares))
+    for wait in (1.0, 1.0, 4.0):  # of 1, 2 and 4 seconds
+        queue.add(A)
+        clock.now += 300
+        assert await take(queue) == A
+        queue.done(A, failed=True)
+        clock.now += wait - 0.01
+        assert await take(queue) is None
+        clock.now += 0.02
+        assert await take(queue) == A
+        del queue._running[A]
+
+
+async def test_superseded_requests_take_no_memory(queue: WorkQueue, clock: Clock) -> None:
+    for _ in range(1000):
+        queue.add(A)
+        assert await take(queue) == A
+        queue.done(A, requeue_after_seconds=300.0)
+    assert len(queue._heap) < 100
+
+
 async def test_requeue_after(queue: WorkQueue, clock: Clock) -> None:
     queue.add(A)
     assert await take(queue) == A

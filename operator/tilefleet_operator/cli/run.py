@@ -47,6 +47,18 @@ def add(commands: Any) -> None:
         "--lease-name", default="tilefleet-operator", help="one leads for each name"
     )
     parser.add_argument(
+        "--lease-seconds", type=float, default=10.0, metavar="SECONDS",
+        help="how long the Lease of a dead leader holds; default: 10",
+    )  # fmt: skip
+    parser.add_argument(
+        "--api-qps", type=float, default=200.0, metavar="N",
+        help="requests a second to the API server, Lease and watches apart; default: 200",
+    )  # fmt: skip
+    parser.add_argument(
+        "--api-burst", type=int, default=400, metavar="N",
+        help="requests at once after a quiet time; default: 400",
+    )  # fmt: skip
+    parser.add_argument(
         "--log-format", choices=("json", "text"), default="json", help="of standard error"
     )
     parser.set_defaults(command=run)
@@ -56,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run until SIGTERM."""
     import asyncio
 
+    from tilefleet_operator.election import LeaseTiming
     from tilefleet_operator.process import Process, RunConfig
+    from tilefleet_operator.rate import Rate
     from tilefleet_operator.telemetry import configure_logging
 
     configure_logging(arguments.log_format)
@@ -75,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         probe_port=arguments.probe_port,
         metrics_port=arguments.metrics_port,
         kubeconfig=arguments.kubeconfig,
+        timing=LeaseTiming.of(arguments.lease_seconds),
+        rate=Rate(arguments.api_qps, arguments.api_burst),
     )
 
     async def serve() -> int:
