@@ -26,6 +26,7 @@ from tilefleet_operator.observed import (
     node_view,
     pod_view,
 )
+from tilefleet_operator.pace import PollTarget
 from tilefleet_operator.resources import (
     BY_KIND,
     CHILDREN,
@@ -181,20 +182,21 @@ class Cluster:
         key = (deployment.namespace, deployment.name)
         return tuple(self._pod(body) for body in self.cache.children(PODS.plural, key))
 
-    def poll_targets(self) -> dict[Key, tuple[PodView, ...]]:
-        """Pods whose /stats are needed: serving ones of Auto fleets, draining ones of all."""
-        targets: dict[Key, tuple[PodView, ...]] = {}
+    def poll_targets(self) -> dict[Key, PollTarget]:
+        """Pods whose /stats are needed: those that serve or drain."""
+        targets: dict[Key, PollTarget] = {}
         for deployment in self.deployments():
-            auto = deployment.spec.autoscaling.mode == "Auto"
             wanted = tuple(
                 pod
                 for pod in self.pods(deployment)
                 if pod.owner_uid == deployment.uid
                 and pod.ip and not pod.terminating and not pod.finished
-                and (pod.state == DRAINING or (auto and pod.ready))
+                and (pod.state == DRAINING or pod.ready)
             )  # fmt: skip
+            urgent = deployment.spec.autoscaling.mode == "Auto"
+            urgent = urgent or any(pod.state == DRAINING for pod in wanted)
             if wanted:
-                targets[deployment.namespace, deployment.name] = wanted
+                targets[deployment.namespace, deployment.name] = PollTarget(wanted, urgent)
         return targets
 
     def amd_keys(self) -> list[Key]:

@@ -1,4 +1,4 @@
-"""Talks to workers: reads /stats of each needed pod every 2 s, and posts /drain.
+"""Talks to workers: reads /stats of each needed pod, at the pace of pace.py, and posts /drain.
 
 Whatever a worker answers is bounded in size, time and depth before it is believed. It owns the
 history of each fleet. It does not know what the numbers are used for.
@@ -20,6 +20,8 @@ from tilefleet_operator.cache import Key
 from tilefleet_operator.desired import ADMIN_PORT
 from tilefleet_operator.errors import ObservationInvalid
 from tilefleet_operator.observed import History, MissingStats, PodView, WorkerStats, worker_stats
+from tilefleet_operator.pace import Pace, PollTarget
+from tilefleet_operator.polls import CALM_POLL_SECONDS
 from tilefleet_operator.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -29,9 +31,12 @@ TIMEOUT_SECONDS = 1.5
 SIZE_LIMIT_BYTES = 1 << 20
 CONCURRENCY = 64
 KEPT_SECONDS = 10.0
-"""An answer stands for its replica this long; without a newer one the replica is unknown."""
+"""An answer stands for its replica this long beyond the pace at which its fleet is asked; without a
+newer one the replica is unknown."""
+SETTLED_SECONDS = 90.0
+"""So long after its last change the load of a fleet is still news: rates over 60 s fade out."""
 
-Targets = Callable[[], Mapping[Key, Sequence[PodView]]]
+Targets = Callable[[], Mapping[Key, PollTarget]]
 
 
 class WorkerPoller:
@@ -47,12 +52,14 @@ class WorkerPoller:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """targets: what to poll in this round. polled: called for a key after each round."""
+        """targets: what may be polled. polled: called for a key whose load a plan must look at."""
         self.targets, self.polled, self.telemetry, self.port = targets, polled, telemetry, port
         self.clock, self.wall = clock, wall
-        self._answers: dict[str, tuple[float, WorkerStats]] = {}
+        self._pace = Pace(clock)
+        self._answers: dict[str, tuple[float, float, WorkerStats]] = {}
         self._failures: dict[str, str] = {}
         self._histories: dict[Key, History] = {}
+        self._moved: dict[Key, float] = {}
         self._limit = asyncio.Semaphore(CONCURRENCY)
 
     async def run(self) -> None:
@@ -66,11 +73,13 @@ class WorkerPoller:
     async def poll(self, session: aiohttp.ClientSession) -> None:
         """One round over all targets; keys are reported as they complete."""
         targets = self.targets()
-        alive = {pod.uid for pods in targets.values() for pod in pods}
+        alive = {pod.uid for target in targets.values() for pod in target.pods}
         for held in (self._answers, self._failures):
             for uid in held.keys() - alive:
                 del held[uid]
-        await asyncio.gather(*(self._poll_key(session, k, pods) for k, pods in targets.items()))
+        self._pace.forget(targets.keys(), alive)
+        due = {key: one for key, one in targets.items() if self._pace.is_due(key, one)}
+        await asyncio.gather(*(self._poll_key(session, key, one) for key, one in due.items()))
 
     def stats(self, pods: Sequence[PodView]) -> dict[str, WorkerStats | MissingStats]:
         """Pod UID → newest answer with its age, or why there is none."""
@@ -83,17 +92,26 @@ class WorkerPoller:
     def forget(self, key: Key) -> None:
         """Drop the history of a deployment that is gone."""
         self._histories.pop(key, None)
+        self._moved.pop(key, None)
 
-    async def _poll_key(
-        self, session: aiohttp.ClientSession, key: Key, pods: Sequence[PodView]
-    ) -> None:
-        answers = await asyncio.gather(*(self._ask(session, pod) for pod in pods))
-        round_ = dict(zip((pod.uid for pod in pods), answers, strict=True))
-        self._histories[key] = self.history(key).add(self.wall(), round_)
-        self.polled(key)
+    async def _poll_key(self, session: aiohttp.ClientSession, key: Key, target: PollTarget) -> None:
+        round_: dict[str, WorkerStats | MissingStats] = {
+            pod.uid: MissingStats(self._failures.get(pod.uid, "not polled yet"))
+            for pod in target.pods
+        }
+        awake = self._pace.awake(target.pods)
+        kept = KEPT_SECONDS + (0.0 if target.urgent else CALM_POLL_SECONDS)
+        answers = await asyncio.gather(*(self._ask(session, pod, kept) for pod in awake))
+        round_.update(zip((pod.uid for pod in awake), answers, strict=True))
+        before = self.history(key)
+        self._histories[key] = after = before.add(self.wall(), round_)
+        if not before.frames or _load(before) != _load(after):
+            self._moved[key] = self.clock()
+        if target.urgent or self.clock() - self._moved[key] < SETTLED_SECONDS:
+            self.polled(key)
 
     async def _ask(
-        self, session: aiohttp.ClientSession, pod: PodView
+        self, session: aiohttp.ClientSession, pod: PodView, kept: float
     ) -> WorkerStats | MissingStats:
         try:
             async with self._limit:
@@ -102,8 +120,9 @@ class WorkerPoller:
             return self._missed(pod, "unreachable", f"no /stats answer: {_text(error)}")
         except (ObservationInvalid, ValueError, RecursionError) as error:
             return self._missed(pod, "invalid", f"unusable /stats answer: {_text(error)}")
-        self._answers[pod.uid] = (self.clock(), stats)
+        self._answers[pod.uid] = (self.clock(), kept, stats)
         self._failures.pop(pod.uid, None)
+        self._pace.answered(pod.uid)
         return stats
 
     def _missed(self, pod: PodView, reason: str, message: str) -> MissingStats:
@@ -111,14 +130,23 @@ class WorkerPoller:
         if pod.uid not in self._failures:
             logger.warning("pod %s/%s: %s", pod.namespace, pod.name, message)
         self._failures[pod.uid] = message
+        self._pace.silent(pod.uid)
         return MissingStats(message)
 
     def _newest(self, uid: str) -> WorkerStats | MissingStats:
         held = self._answers.get(uid)
         age = math.inf if held is None else self.clock() - held[0]
-        if held is None or age > KEPT_SECONDS:
+        if held is None or age > held[1]:
             return MissingStats(self._failures.get(uid, "not polled yet"))
-        return replace(held[1], age_seconds=age)
+        return replace(held[2], age_seconds=age)
+
+
+def _load(history: History) -> Mapping[str, object]:
+    """What a plan reads of the newest answers, without what moves while nothing happens."""
+    return {
+        uid: (replace(sample.counters, steps=0, busy_seconds=0.0), sample.gauges, sample.draining)
+        for uid, sample in history.latest.items()
+    }
 
 
 async def read_stats(session: aiohttp.ClientSession, url: str) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from tilefleet_operator import desired, devices, history, status
 from tilefleet_operator.actions import Action, Apply, Delete, Drain, Plan
 from tilefleet_operator.api import InferenceDeployment
-from tilefleet_operator.autoscale import Decision, Policy, decide
+from tilefleet_operator.autoscale import STALE_SECONDS, Decision, Policy, decide
 from tilefleet_operator.children import children, names
 from tilefleet_operator.conditions import Facts, conditions, unknown
 from tilefleet_operator.desired import Defaults
@@ -25,6 +25,7 @@ from tilefleet_operator.fleet import Fleet, fleet
 from tilefleet_operator.moves import Moves, Room, moves
 from tilefleet_operator.observed import Snapshot
 from tilefleet_operator.options import Placement
+from tilefleet_operator.polls import CALM_POLL_SECONDS
 from tilefleet_operator.rollout import progress
 from tilefleet_operator.transitions import transitions
 from tilefleet_operator.units import seconds
@@ -123,6 +124,7 @@ def _decide(snapshot: Snapshot, pods: Fleet, now: float) -> Decision:
         down_interval=seconds(scaling.scale_down.interval),
         last_shrink=status.last_shrink(deployment.status),
         stored_capacity=(deployment.status.get("capacity") or {}).get("tokensPerSecondPerReplica"),
+        stale_seconds=STALE_SECONDS + (CALM_POLL_SECONDS if manual else 0.0),
     )
     decision = decide(snapshot.history, policy, now)
     if manual:

@@ -17,6 +17,8 @@ from tilefleet_operator.stats import MissingStats, Step, WorkerStats
 HISTORY_SECONDS = 660.0
 STEPS_KEPT = 256
 STEPS_PER_SAMPLE = 8
+# A fleet of fixed size is asked this often: its load is shown and chooses victims, no more.
+CALM_POLL_SECONDS = 10.0
 FULL_SHARE = 0.9
 # A request that waits this long met a full replica, not merely the step that was under way.
 FULL_WAIT_SECONDS = 0.5

@@ -13,6 +13,7 @@ from aiohttp import web
 from tilefleet_operator import metrics
 from tilefleet_operator.metrics import WorkerPoller, post_drain
 from tilefleet_operator.observed import MissingStats, PodView, WorkerStats
+from tilefleet_operator.pace import PollTarget
 from tilefleet_operator.telemetry import Telemetry
 
 KEY = ("ns", "fleet")
@@ -72,7 +73,7 @@ class Harness:
     def __init__(self, port: int, ip: str = "127.0.0.1") -> None:
         self.now = 100.0
         self.pod = PodView(name="p", uid="u", namespace="ns", ip=ip, ready=True)
-        self.targets: dict[tuple[str, str], tuple[PodView, ...]] = {KEY: (self.pod,)}
+        self.targets = {KEY: PollTarget((self.pod,), urgent=True)}
         self.polled: list[tuple[str, str]] = []
         self.telemetry = Telemetry()
         self.poller = WorkerPoller(
@@ -240,7 +241,7 @@ async def test_one_silent_worker_does_not_delay_the_others(worker: FakeWorker) -
     await web.TCPSite(runner, "0.0.0.0", 0).start()
     harness = Harness(runner.addresses[0][1])
     silent = PodView(name="s", uid="s", namespace="ns", ip="127.0.0.2", ready=True)
-    harness.targets = {("ns", "slow"): (silent,), KEY: (harness.pod,)}
+    harness.targets[("ns", "slow")] = PollTarget((silent,), urgent=True)
     async with metrics._session() as session:
         poll = asyncio.create_task(harness.poller.poll(session))
         async with asyncio.timeout(1):
@@ -250,6 +251,75 @@ async def test_one_silent_worker_does_not_delay_the_others(worker: FakeWorker) -
         quiet.set()
         await poll
     await runner.cleanup()
+
+
+async def test_a_fleet_of_fixed_size_is_asked_slowly_and_reported_while_its_load_moves(
+    worker: FakeWorker,
+) -> None:
+    harness = Harness(worker.port)
+    harness.targets = {KEY: PollTarget((harness.pod,), urgent=False)}
+    arrivals = 3
+
+    async def handler(_: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        counters = {**DOCUMENT["counters"], "arrivals": arrivals, "steps": asked}
+        return web.json_response({**DOCUMENT, "counters": counters, "uptime_seconds": asked * 10.0})
+
+    asked = 0
+    worker.handler = handler
+    for _ in range(6):  # 10 s
+        stats = await harness.poll()
+        assert isinstance(stats, WorkerStats), "an answer stands until after the next"
+        harness.now += 2
+    assert asked == 2
+    for _ in range(60):  # two minutes more
+        await harness.poll()
+        harness.now += 2
+    assert asked == 13 + 1
+    reported = len(harness.polled)
+    assert reported <= 10, "a load that has not moved for 90 s is no news"
+    arrivals += 1
+    harness.now += 10
+    await harness.poll()
+    assert len(harness.polled) == reported + 1
+
+
+async def test_a_new_replica_of_a_fixed_fleet_is_asked_at_once(worker: FakeWorker) -> None:
+    harness = Harness(worker.port)
+    harness.targets = {KEY: PollTarget((harness.pod,), urgent=False)}
+    await harness.poll()
+    other = PodView(name="q", uid="v", namespace="ns", ip="127.0.0.1", ready=True)
+    harness.targets = {KEY: PollTarget((harness.pod, other), urgent=False)}
+    await harness.poll()
+    assert isinstance(harness.poller.stats([other])["v"], WorkerStats)
+
+
+async def test_a_silent_worker_is_left_alone_longer_and_longer(worker: FakeWorker) -> None:
+    harness = Harness(worker.port)
+
+    async def broken(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=500)
+
+    worker.handler = broken
+    asked_at = []
+    for _ in range(300):
+        before = harness.failures("invalid")
+        await harness.poll()
+        if harness.failures("invalid") > before:
+            asked_at.append(harness.now - 100)
+        harness.now += 1
+    assert asked_at == [0, 4, 12, 28, 60, 120, 180, 240]
+    assert harness.polled == [KEY] * 300, "the fleet is looked at all the same"
+    worker.handler = worker.good
+    harness.now += 60
+    assert isinstance(await harness.poll(), WorkerStats)
+    worker.handler = broken
+    await harness.poll()
+    harness.now += 4
+    before = harness.failures("invalid")
+    await harness.poll()
+    assert harness.failures("invalid") == before + 1, "an answer ends the silence"
 
 
 async def test_drain_is_posted(worker: FakeWorker) -> None:

@@ -282,3 +282,19 @@ def test_auto_fleet_starts_at_the_minimum_and_never_touches_spec_replicas() -> N
     assert sum(a.kind == "Pod" for a in result.actions) == 2
     assert result.status is not None
     assert result.status["desiredReplicas"] == 2
+
+
+def test_fixed_fleet_shows_its_load_though_it_is_asked_slowly() -> None:
+    of = manual(1)
+    new = revision(of, DEFAULTS)
+    one = pod(f"llm-{new}-0", new)
+    polls = [(10.0 * i, {one.uid: stats(arrivals=20 * i, completions=20 * i,
+                                        generated_tokens=200 * i)}) for i in range(8)]  # fmt: skip
+    found = snapshot(of, (one,), history=builders.history(*polls))
+    last = NOW + 70
+    shown = plan(found, DEFAULTS, last + 15).status
+    assert shown is not None
+    assert shown["demand"]["tokensPerSecond"] > 0
+    stale = plan(found, DEFAULTS, last + 25).status
+    assert stale is not None
+    assert "demand" not in stale

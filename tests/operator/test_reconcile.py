@@ -162,7 +162,7 @@ async def test_a_list_of_some_namespaces_asks_each(harness: Harness) -> None:
     assert [call.split()[2] for call in harness.api.calls if " nodes " in call] == ["None"]
 
 
-async def test_only_serving_pods_of_auto_fleets_and_draining_ones_are_polled(
+async def test_serving_and_draining_pods_are_polled_and_urgently_where_it_matters(
     harness: Harness,
 ) -> None:
     ready = {"podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]}
@@ -175,10 +175,15 @@ async def test_only_serving_pods_of_auto_fleets_and_draining_ones_are_polled(
     harness.see("pods", leaving)
     ending = pod("ending", deletionTimestamp="2026-01-01T00:00:00Z")
     harness.see("pods", {**ending, "status": ready})
-    names = [view.name for view in harness.cluster.poll_targets()[KEY]]
-    assert names == ["draining", "serving"]
+    target = harness.cluster.poll_targets()[KEY]
+    assert [view.name for view in target.pods] == ["draining", "serving"]
+    assert target.urgent
     harness.see("inferencedeployments", document(autoscaling={"mode": "Manual"}), 2)
-    assert [view.name for view in harness.cluster.poll_targets()[KEY]] == ["draining"]
+    assert harness.cluster.poll_targets()[KEY].urgent, "one drains"
+    leaving["metadata"]["labels"]["tilefleet.io/state"] = "active"
+    harness.see("pods", leaving, 3)
+    target = harness.cluster.poll_targets()[KEY]
+    assert ([view.name for view in target.pods], target.urgent) == (["serving"], False)
 
 
 async def test_devices_held_by_others_count(harness: Harness) -> None:
