@@ -14,6 +14,7 @@ from tests.operator.test_rollout import condition, fleet_of, rolled
 from tilefleet_operator import desired
 from tilefleet_operator.actions import Apply, Delete
 from tilefleet_operator.api import InferenceDeployment, Spec, parse
+from tilefleet_operator.crd import spec_schema
 from tilefleet_operator.desired import Defaults, revision
 from tilefleet_operator.errors import RevisionNotFound
 from tilefleet_operator.history import (
@@ -60,8 +61,25 @@ EDITS: dict[str, Any] = {
     "accelerator.nodeSelector": {"a": "b"},
     "accelerator.tolerations": [{"key": "t", "operator": "Exists"}],
     "accelerator.vendor": "amd",
+    "accelerator.products": ["MI300X"],
+    "accelerator.deviceIDs": ["74a1"],
+    "accelerator.count": 1,
+    "accelerator.partition.compute": "SPX",
+    "accelerator.partition.memory": "NPS1",
+    "accelerator.resourceName": "amd.com/gpu",
+    "accelerator.fallbacks": [{"products": ["MI210"]}],
+    "accelerator.packing": "Spread",
     "replicas": 3,
+    "autoscaling.mode": "Manual",
+    "autoscaling.minReplicas": 2,
     "autoscaling.maxReplicas": 9,
+    "autoscaling.targetUtilization": "0.5",
+    "autoscaling.scaleUp.maxStepPercent": 50,
+    "autoscaling.scaleUp.maxStepPods": 2,
+    "autoscaling.scaleDown.window": "90s",
+    "autoscaling.scaleDown.stepPercent": 50,
+    "autoscaling.scaleDown.interval": "9s",
+    "monitoring.podMonitor": "disabled",
     "rollout.maxSurge": 2,
     "rollout.maxUnavailable": 1,
     "rollout.progressDeadline": "1m",
@@ -71,7 +89,29 @@ EDITS: dict[str, Any] = {
 }
 
 
+# What vendor cpu refuses.
+ON_GPUS = {
+    f"accelerator.{field}"
+    for field in ("products", "deviceIDs", "count", "resourceName", "fallbacks")
+}
+
+
+def leaves(schema: dict[str, Any], path: str = "") -> list[str]:
+    """Paths of all fields that hold a value."""
+    if "properties" not in schema:
+        return [path]
+    fields = schema["properties"].items()
+    return [leaf for key, part in fields for leaf in leaves(part, f"{path}.{key}".lstrip("."))]
+
+
+def test_there_is_an_edit_for_every_field() -> None:
+    """A new field is proved, too: add its path and a value that is not its default to EDITS."""
+    assert sorted(EDITS) == sorted(leaves(spec_schema()))
+
+
 def edited(edits: dict[str, Any]) -> InferenceDeployment:
+    if ON_GPUS & edits.keys():
+        edits = {**edits, "accelerator.vendor": "amd"}
     body = document()
     for path, value in edits.items():
         node = body["spec"]
