@@ -79,9 +79,21 @@ def run_decode(q, k, v, table, contexts, tile, scale, window=0, softcap=0.0, sin
     sinks = None if sinks is None else sinks.to(DEVICE)
     outs = [
         paged_decode(
-            *args, torch.empty_like(args[0]), work, tile, scale, most, window, softcap, sinks
+            *args,
+            torch.empty_like(args[0]),
+            work,
+            tile,
+            scale,
+            most,
+            window,
+            softcap,
+            sinks,
+            programs,
         )
-        for _ in range(2)  # twice: the counters must come back to zero
+        for programs in (
+            2048,
+            1,
+        )  # the second takes splits in turns, and finds the counters at zero
     ]
     if not torch.equal(outs[0], outs[1]):
         sys.exit("decode: a second launch gave other bits")

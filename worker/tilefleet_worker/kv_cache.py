@@ -7,18 +7,18 @@ import torch
 from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.model_config import ModelConfig
 
-_BYTES_PER_VALUE = 4  # fp32
 
-
-def block_bytes(config: ModelConfig, block_size: int) -> int:
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of one block over all layers, keys and values."""
     values = config.num_layers * 2 * block_size * config.num_kv_heads * config.head_dim
-    return values * _BYTES_PER_VALUE
+    return values * dtype.itemsize
 
 
-def num_blocks_for(config: ModelConfig, block_size: int, kv_cache_bytes: int) -> int:
+def num_blocks_for(
+    config: ModelConfig, block_size: int, kv_cache_bytes: int, dtype: torch.dtype = torch.float32
+) -> int:
     """Blocks that fit the memory, beside the spare one. Raises ConfigError below two blocks."""
-    size = block_bytes(config, block_size)
+    size = block_bytes(config, block_size, dtype)
     count = kv_cache_bytes // size - 1
     if count < 1:
         raise ConfigError(
@@ -29,12 +29,19 @@ def num_blocks_for(config: ModelConfig, block_size: int, kv_cache_bytes: int) ->
 
 
 class KVCache:
-    """One tensor [layers, 2, blocks + 1, block_size, kv_heads, head_dim] of fp32, zeroed.
+    """One tensor [layers, 2, blocks + 1, block_size, kv_heads, head_dim], zeroed.
 
     The block after the last is a spare of nobody: self-checks write there, and padding reads it.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (
@@ -46,7 +53,7 @@ class KVCache:
             config.head_dim,
         )
         # Filling touches every page now: a limit that is too low shows at start, not under load.
-        self._tensor = torch.empty(shape, dtype=torch.float32).zero_()
+        self._tensor = torch.empty(shape, dtype=dtype, device=device).zero_()
         self._layers = tuple(self._tensor.unbind(0))
 
     @property

@@ -7,12 +7,16 @@ the context. KV tiles start at position 0 and not at the chunk, so chunking chan
 Source: FlashAttention-2 (arXiv 2307.08691). Knows nothing of requests, schedulers or models.
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
 from tilefleet_worker.attention.triton.softmax import LOG2_E, scores, take_sink, take_tile
 from tilefleet_worker.attention.triton.tiles import PrefillTile, compute_type, launch_options
+
+Ints = npt.NDArray[np.integer]
 
 
 @triton.jit
@@ -83,26 +87,34 @@ def paged_prefill_kernel(
     tl.store(out_ptr + q_off, out, mask=row_ok[:, None] & dim_ok[None, :])
 
 
-def prefill_tiles(
-    query_lens: list[int], context_lens: list[int], rows: int, device: torch.device | str
-) -> torch.Tensor:
-    """Cut a step's queries into tiles, the tile with the longest context first.
+def query_tiles(query_lens: Ints, context_lens: Ints, rows: int, first_row: int = 0) -> Ints:
+    """Cut a step's queries into tiles of `rows`, the tile with the longest context first.
 
     Returns int32 [tiles, 4]: sequence, first query row, rows, position of the first row.
 
     query_lens: new tokens a sequence, may be 0. context_lens: tokens a sequence including the new ones.
+    first_row: row of the first query, behind those of sequences that are not cut into tiles.
     The longest first keeps the last wave short, as the work of a causal tile grows with its position.
     Made once a step on the host and shared by all layers.
     """
-    tiles, row0 = [], 0
-    for seq, (length, context) in enumerate(zip(query_lens, context_lens, strict=True)):
-        tiles += [
-            (seq, row0 + start, min(rows, length - start), context - length + start)
-            for start in range(0, length, rows)
-        ]
-        row0 += length
-    tiles.sort(key=lambda tile: -tile[3])
-    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4).to(device)
+    counts = -(-query_lens // rows)
+    seq = np.repeat(np.arange(len(query_lens)), counts)
+    start = (np.arange(len(seq)) - np.repeat(np.cumsum(counts) - counts, counts)) * rows
+    row0 = first_row + np.cumsum(query_lens) - query_lens
+    tiles = np.stack(
+        (seq, row0[seq] + start, np.minimum(rows, query_lens[seq] - start),
+         (context_lens - query_lens)[seq] + start), axis=1,
+    )  # fmt: skip
+    return tiles[np.argsort(-tiles[:, 3], kind="stable")].astype(np.int32)
+
+
+def prefill_tiles(
+    query_lens: list[int], context_lens: list[int], rows: int, device: torch.device | str,
+    first_row: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """query_tiles() as a tensor on the device."""
+    tiles = query_tiles(np.array(query_lens), np.array(context_lens), rows, first_row)
+    return torch.from_numpy(tiles).to(device)
 
 
 def paged_prefill(

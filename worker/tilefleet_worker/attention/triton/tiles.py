@@ -48,6 +48,18 @@ PREFILL: dict[str, PrefillTile] = {
 }
 
 
+def architecture(device: torch.device) -> str:
+    """gfx942, gfx950 or sm90; "fallback" for every other device."""
+    if device.type != "cuda":
+        return "fallback"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = str(properties.gcnArchName).split(":")[0]
+    else:
+        name = f"sm{properties.major}{properties.minor}"
+    return name if name in DECODE else "fallback"
+
+
 def compute_type(dtype: torch.dtype) -> tl.dtype:
     """Operand type of the matrix products: the cache's type, fp32 where Triton's interpreter runs.
 

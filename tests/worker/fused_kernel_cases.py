@@ -1,0 +1,122 @@
+"""Fused kernels and the GPU's runner against their references, in Triton's interpreter, fp32.
+
+python fused_kernel_cases.py kernels|runner. Needs TRITON_INTERPRET=1.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tilefleet_worker import attention, fused_weights, models
+from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.gpu_engine import GPULimits, build_runner
+from tilefleet_worker.kernels.norm import add_rms_norm, add_rms_norm_reference
+from tilefleet_worker.kernels.rotary_store import (
+    Rotation,
+    rotary_reference,
+    rotary_store,
+    rotary_table,
+)
+from tilefleet_worker.kernels.swiglu import swiglu, swiglu_reference
+from tilefleet_worker.kv_cache import KVCache
+from tilefleet_worker.model_config import ModelConfig
+from tilefleet_worker.request import Request, SamplingParams
+from tilefleet_worker.runner import Runner
+from tilefleet_worker.scheduler import Scheduler
+from tilefleet_worker.weights import Weights
+
+MODEL = Path(__file__).parents[2] / "examples" / "tiny-model" / "model"
+CPU = torch.device("cpu")
+
+
+def near(got, want, name):
+    torch.testing.assert_close(got.double(), want.double(), rtol=2e-5, atol=2e-5, msg=name)
+
+
+def norms():
+    for rows, features, scale in ((3, 96, 1.0), (1, 1000, 1e-4), (2, 64, 1e3)):
+        residual, delta = torch.randn(2, rows, features) * scale
+        weight = torch.randn(features)
+        for change in (delta, None):
+            new, want = add_rms_norm_reference(residual, change, weight, 1e-6)
+            mine = residual.clone()
+            near(add_rms_norm(mine, change, weight, torch.empty_like(mine), 1e-6), want, "norm")
+            near(mine / scale, new / scale, "residual")
+
+
+def gates():
+    for rows, inner in ((1, 7), (3, 1500)):
+        gate_up = torch.randn(rows, 2 * inner) * 4
+        near(swiglu(gate_up, torch.empty(rows, inner)), swiglu_reference(gate_up), "swiglu")
+
+
+def rotations():
+    """Head sizes with and without dimensions that are not rotated; slots in any order; padding."""
+    for dim, rotated, with_norm in ((64, 64, True), (80, 80, False), (96, 24, True)):
+        heads, kv_heads, block, tokens = 3, 1, 4, 5
+        table = rotary_table(10000.0 ** -torch.linspace(0, 0.9, rotated // 2).double(), 50)
+        norms_ = (torch.randn(dim), torch.randn(dim)) if with_norm else (None, None)
+        rotation = Rotation(table, 1e-6, *norms_)
+        qkv = torch.randn(tokens, heads + 2 * kv_heads, dim)
+        positions = torch.tensor([0, 7, 49, 3, 11], dtype=torch.int32)
+        slots = torch.tensor([11, 0, 5, -1, 2], dtype=torch.int32)
+        cache = torch.full((2, 3, block, kv_heads, dim), torch.nan)
+        query = torch.empty(tokens, heads, dim)
+        rotary_store(qkv.view(tokens, -1), positions, slots, rotation, query, cache)
+        near(query, rotary_reference(qkv[:, :heads], positions, rotation, norms_[0]), "query")
+        keys = rotary_reference(qkv[:, heads : heads + kv_heads], positions, rotation, norms_[1])
+        flat = cache.view(2, -1, kv_heads, dim)
+        real = slots >= 0
+        near(flat[0, slots[real].long()], keys[real], "key")
+        if not flat[1, slots[real].long()].equal(qkv[real, heads + kv_heads :]):
+            sys.exit("values are not stored as they are")
+        if flat.isnan().all(-1).all(-1).sum() != 2 * (3 * block - 4):
+            sys.exit("something was stored where nothing belongs")
+
+
+def generate(runner, blocks, config, budget):
+    pool = BlockPool(blocks, 16, prefix_caching=False)
+    scheduler = Scheduler(pool, budget, 4, 512, vocab_size=config.vocab_size)
+    params = SamplingParams(max_tokens=3, temperature=0.0)
+    tokens = {}
+    for name, length in (("a", 1), ("b", 17), ("c", 33)):
+        tokens[name] = []
+        prompt = [(7 * i + length) % config.vocab_size for i in range(length)]
+        scheduler.add(Request(name, prompt, params, 0.0))
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        for delta in scheduler.commit(plan, runner.run(plan)):
+            if delta.error is not None:
+                sys.exit(delta.error)
+            tokens[delta.request_id] += delta.token_ids
+    return tokens
+
+
+def runner():
+    """The trained tiny model: chunks, mixed steps and decodes give the tokens of the cpu backend."""
+    torch.set_num_threads(1)
+    config = ModelConfig.from_folder(MODEL)
+    with torch.inference_mode(), Weights(MODEL) as weights:
+        model = models.load(config, weights, 512)
+    with torch.inference_mode(), Weights(MODEL) as weights:
+        fused = fused_weights.load(config, weights, 512, torch.float32, CPU)
+    limits = GPULimits(32, 4, 512, 16, kv_cache_bytes=2**21)
+    mine, cache = build_runner(config, fused, limits)
+    plain = Runner(model, KVCache(config, cache.num_blocks, 16), attention.create("cpu", config))
+    mine.check()
+    want = generate(plain, cache.num_blocks, config, 24)
+    got = generate(mine, cache.num_blocks, config, 24)
+    if got != want:
+        sys.exit(f"tokens {got}, expected {want}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "kernels":
+        torch.manual_seed(0)
+        norms()
+        gates()
+        rotations()
+    else:
+        runner()
+    print("checked")

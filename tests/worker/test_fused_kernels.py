@@ -1,0 +1,90 @@
+"""Fused kernels and the GPU's runner in Triton's interpreter: no GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tilefleet_worker.attention.triton.prefill import query_tiles
+from tilefleet_worker.graphs import padded_sizes
+from tilefleet_worker.request import SamplingParams
+from tilefleet_worker.step import StepPlan, StepRow
+from tilefleet_worker.step_inputs import InputBuffer, lay_out
+
+CASES = Path(__file__).with_name("fused_kernel_cases.py")
+PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
+
+
+@pytest.mark.parametrize("kind", ["kernels", "runner"])
+def test_fused_kernels_and_runner_match_their_references(kind: str) -> None:
+    """The interpreter is chosen when Triton is imported, hence a process of its own."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(CASES), kind],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "checked" in run.stdout
+
+
+def row(name: str, start: int, tokens: tuple[int, ...], blocks: tuple[int, ...]) -> StepRow:
+    return StepRow(name, start, tokens, blocks, name != "unsampled", PARAMS, 0)
+
+
+def test_a_plan_is_laid_out_with_decodes_first() -> None:
+    plan = StepPlan(
+        (
+            row("chunk", 3, (10, 11, 12), (5, 6)),
+            row("decode", 6, (20,), (7, 2)),
+            row("unsampled", 0, (30, 31), (9,)),
+        )
+    )
+    arrays = lay_out(plan, 4)
+    assert [one.request_id for one in arrays.rows] == ["decode", "chunk", "unsampled"]
+    assert [one.request_id for one in arrays.sampled] == ["decode", "chunk"]
+    assert (arrays.num_decodes, arrays.decode_only) == (1, False)
+    assert arrays.token_ids.tolist() == [20, 10, 11, 12, 30, 31]
+    assert arrays.positions.tolist() == [6, 3, 4, 5, 0, 1]
+    assert arrays.slots.tolist() == [10, 23, 24, 25, 36, 37]
+    assert arrays.context_lens.tolist() == [7, 6, 2]
+    assert arrays.logits_index.tolist() == [0, 3]
+
+
+def test_a_row_beyond_its_blocks_is_refused() -> None:
+    with pytest.raises(IndexError, match="beyond its blocks"):
+        lay_out(StepPlan((row("a", 3, (1, 2), (5,)),)), 4)
+
+
+def test_inputs_of_one_padded_size_stay_in_one_place_and_hide_the_padding() -> None:
+    buffer = InputBuffer(64, 8, 4, 16, torch.device("cpu"))
+    first = buffer.decode(lay_out(StepPlan((row("a", 5, (42,), (3, 1)),)), 4), 4)
+    assert first.token_ids.tolist() == [42, 0, 0, 0]
+    assert first.slots.tolist() == [5, -1, -1, -1]
+    assert first.paged.context_lens.tolist() == [6, 0, 0, 0]
+    assert first.paged.block_table[0, :2].tolist() == [3, 1]
+    rows = tuple(row(str(i), i, (i,), (i + 1, 9)) for i in range(4))
+    again = buffer.decode(lay_out(StepPlan(rows), 4), 4)
+    assert again.token_ids.data_ptr() == first.token_ids.data_ptr()
+    assert again.paged.block_table.data_ptr() == first.paged.block_table.data_ptr()
+    assert again.paged.context_lens.tolist() == [1, 2, 3, 4]
+
+
+def test_tiles_cover_every_query_once_longest_context_first() -> None:
+    tiles = query_tiles(np.array([0, 5, 0, 33]), np.array([9, 5, 7, 40]), 16, first_row=2)
+    assert tiles.dtype == np.int32
+    covered = sorted((int(r0) + i, int(s), int(p) + i) for s, r0, n, p in tiles for i in range(n))
+    assert covered == [
+        *((2 + i, 1, i) for i in range(5)),
+        *((7 + i, 3, 7 + i) for i in range(33)),
+    ]
+    assert (np.diff(tiles[:, 3]) <= 0).all()
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 64, 200, 256])
+def test_padded_sizes_ascend_to_the_limit(most: int) -> None:
+    sizes = padded_sizes(most)
+    assert sizes[-1] == most
+    assert list(sizes) == sorted(set(sizes))

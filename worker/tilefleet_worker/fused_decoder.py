@@ -1,0 +1,153 @@
+"""The decoder of a GPU: matrix products from the vendor's library, all else in fused kernels.
+
+A layer is nine launches: product, rotary and store, attention, product, norm, product, SwiGLU,
+product, norm. Every intermediate lives in memory that is allocated once, so a step allocates
+nothing and a captured graph stays valid.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from tilefleet_worker.attention.triton.backend import PagedBatch, TritonAttention
+from tilefleet_worker.kernels.norm import add_rms_norm
+from tilefleet_worker.kernels.rotary_store import Rotation, rotary_store
+from tilefleet_worker.kernels.swiglu import swiglu
+from tilefleet_worker.kv_cache import KVCache
+from tilefleet_worker.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """Weights of one layer as a checkpoint has them; the input maps and the gates joined."""
+
+    input_norm: torch.Tensor  # [hidden]
+    qkv: torch.Tensor  # [(heads + 2 kv_heads) · head_dim, hidden]
+    qkv_bias: torch.Tensor | None
+    rotation: Rotation
+    output: torch.Tensor  # [hidden, heads · head_dim]
+    output_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor  # [hidden]
+    gate_up: torch.Tensor  # [2 · intermediate, hidden]
+    down: torch.Tensor  # [hidden, intermediate]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedWeights:
+    """All weights of a decoder, on the device."""
+
+    embedding: torch.Tensor  # [vocabulary, hidden]
+    layers: tuple[FusedLayer, ...]
+    final_norm: torch.Tensor  # [hidden]
+    head: torch.Tensor  # [vocabulary, hidden]; may be the embedding
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step on the device. All tensors int32."""
+
+    token_ids: torch.Tensor  # [tokens]
+    positions: torch.Tensor  # [tokens]
+    slots: torch.Tensor  # [tokens]: block · block_size + place; -1: store nothing
+    paged: PagedBatch
+    logits_index: torch.Tensor | None  # tokens whose logits are wanted; None: all
+
+
+class Workspace:
+    """Every intermediate of a step, for up to max_tokens tokens and max_logits logits."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_tokens: int,
+        max_logits: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        heads = config.num_heads * config.head_dim
+        joined = heads + 2 * config.num_kv_heads * config.head_dim
+
+        def rows(features: int, kind: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(max_tokens, features, dtype=kind, device=device)
+
+        self.max_tokens = max_tokens
+        self.residual = rows(config.hidden_size, torch.float32)
+        self.normed = rows(config.hidden_size)
+        self.delta = rows(config.hidden_size)
+        self.qkv = rows(joined)
+        self.query = rows(heads)
+        self.attended = rows(heads)
+        self.gate_up = rows(2 * config.intermediate_size)
+        self.activated = rows(config.intermediate_size)
+        self.logits = torch.empty(max_logits, config.vocab_size, dtype=torch.float32, device=device)
+
+
+class FusedDecoder:
+    """A dense decoder with gated MLP. Stateless between steps but for its scratch memory."""
+
+    def __init__(self, config: ModelConfig, weights: FusedWeights, workspace: Workspace) -> None:
+        self._config = config
+        self._weights = weights
+        self._workspace = workspace
+
+    def forward(
+        self, inputs: StepInputs, attention: TritonAttention, cache: KVCache
+    ) -> torch.Tensor:
+        """Logits fp32 [wanted, vocabulary]. Launches only; never waits for the device."""
+        space, weights = self._workspace, self._weights
+        tokens = len(inputs.token_ids)
+        residual, normed = space.residual[:tokens], space.normed[:tokens]
+        residual.copy_(functional.embedding(inputs.token_ids, weights.embedding))
+        delta = None
+        eps = self._config.rms_norm_eps
+        for index, layer in enumerate(weights.layers):
+            add_rms_norm(residual, delta, layer.input_norm, normed, eps)
+            delta = self._attend(layer, inputs, attention, cache.layer(index))
+            add_rms_norm(residual, delta, layer.mlp_norm, normed, eps)
+            delta = self._mlp(layer, tokens)
+        if inputs.logits_index is not None and delta is not None:
+            residual, delta = residual[inputs.logits_index], delta[inputs.logits_index]
+        last = space.normed[: len(residual)]
+        add_rms_norm(residual, delta, weights.final_norm, last, eps)
+        return _logits(last, weights.head, space.logits[: len(last)])
+
+    def _attend(
+        self,
+        layer: FusedLayer,
+        inputs: StepInputs,
+        attention: TritonAttention,
+        cache: torch.Tensor,
+    ) -> torch.Tensor:
+        space, tokens = self._workspace, len(inputs.token_ids)
+        shape = (tokens, self._config.num_heads, self._config.head_dim)
+        qkv = _linear(space.normed[:tokens], layer.qkv, layer.qkv_bias, space.qkv[:tokens])
+        query = rotary_store(
+            qkv, inputs.positions, inputs.slots, layer.rotation,
+            space.query[:tokens].view(shape), cache,
+        )  # fmt: skip
+        attended = space.attended[:tokens]
+        attention.attend(query, cache, attended.view(shape), inputs.paged)
+        return _linear(attended, layer.output, layer.output_bias, space.delta[:tokens])
+
+    def _mlp(self, layer: FusedLayer, tokens: int) -> torch.Tensor:
+        space = self._workspace
+        gate_up = _linear(space.normed[:tokens], layer.gate_up, None, space.gate_up[:tokens])
+        activated = swiglu(gate_up, space.activated[:tokens])
+        return _linear(activated, layer.down, None, space.delta[:tokens])
+
+
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """out = x weightᵀ + bias."""
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _logits(x: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Logits in fp32 from the product's fp32 sums: bf16 would round close ones into ties."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.ops.aten.mm.dtype_out(x, head.t(), torch.float32, out=out)  # type: ignore[no-any-return]
+    return out.copy_(torch.mm(x, head.t()))

@@ -1,0 +1,62 @@
+"""Assembles the GPU's runner: scratch memory first, the pool from what is left, then the graphs."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tilefleet_worker.attention.triton.backend import TritonAttention
+from tilefleet_worker.errors import ConfigError
+from tilefleet_worker.fused_decoder import FusedDecoder, FusedWeights, Workspace
+from tilefleet_worker.gpu_runner import GPURunner
+from tilefleet_worker.kv_cache import KVCache, num_blocks_for
+from tilefleet_worker.model_config import ModelConfig
+from tilefleet_worker.step_inputs import InputBuffer
+
+# Left free for captured graphs, library workspaces and the allocator's rounding.
+MARGIN_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class GPULimits:
+    """What the runner is built for. kv_cache_bytes 0: what the device has left."""
+
+    max_batch_tokens: int
+    max_rows: int
+    max_context: int
+    block_size: int
+    kv_cache_bytes: int = 0
+    memory_fraction: float = 0.92
+
+
+def build_runner(
+    config: ModelConfig, weights: FusedWeights, limits: GPULimits
+) -> tuple[GPURunner, KVCache]:
+    """A runner on the device of the weights, not yet warmed up, and its pool.
+
+    Raises ConfigError when attention cannot serve the model or the pool would have no blocks.
+    """
+    device, dtype = weights.embedding.device, weights.embedding.dtype
+    attention = TritonAttention(config, limits.max_rows, limits.max_context, device)
+    reasons = attention.why_not()
+    if reasons:
+        raise ConfigError(f"backend 'triton' cannot serve this model: {'; '.join(reasons)}.")
+    max_logits = limits.max_rows
+    workspace = Workspace(config, limits.max_batch_tokens, max_logits, dtype, device)
+    max_blocks = -(-limits.max_context // limits.block_size)
+    inputs = InputBuffer(
+        limits.max_batch_tokens, limits.max_rows, max_blocks, attention.prefill_tile.rows, device
+    )
+    pool_bytes = limits.kv_cache_bytes or _bytes_left(device, limits.memory_fraction)
+    blocks = num_blocks_for(config, limits.block_size, pool_bytes, dtype)
+    cache = KVCache(config, blocks, limits.block_size, dtype, device)
+    decoder = FusedDecoder(config, weights, workspace)
+    return GPURunner(decoder, cache, attention, inputs, limits.max_rows, device), cache
+
+
+def _bytes_left(device: torch.device, fraction: float) -> int:
+    """Device memory this process may still take: fraction · total − used − margin."""
+    if device.type != "cuda":
+        raise ConfigError("kv_cache_bytes is 0: give the pool's size, a CPU's is not measured.")
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - (1.0 - fraction) * total) - MARGIN_BYTES

@@ -1,0 +1,129 @@
+"""The runner of a GPU: fused decoder, paged pool, and captured graphs for steps of decodes only.
+
+CUDA and ROCm by the same calls. On a CPU it runs the same kernels in Triton's interpreter, without
+graphs, for tests.
+"""
+
+import logging
+
+import torch
+
+from tilefleet_worker.attention.triton.backend import TritonAttention
+from tilefleet_worker.errors import EngineError
+from tilefleet_worker.fused_decoder import FusedDecoder
+from tilefleet_worker.graphs import DecodeGraphs
+from tilefleet_worker.kv_cache import KVCache
+from tilefleet_worker.request import SamplingParams
+from tilefleet_worker.sampler import sample
+from tilefleet_worker.step import StepPlan, StepResult, StepRow
+from tilefleet_worker.step_inputs import InputBuffer, StepArrays, lay_out
+
+LOGGER = logging.getLogger(__name__)
+_CHECK_ID = "self-check"
+
+
+class GPURunner:
+    """Owns decoder, cache and graphs; keeps nothing about requests, so a row can be run again."""
+
+    def __init__(
+        self,
+        decoder: FusedDecoder,
+        cache: KVCache,
+        attention: TritonAttention,
+        inputs: InputBuffer,
+        max_rows: int,
+        device: torch.device,
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._attention = attention
+        self._inputs = inputs
+        self._max_rows = max_rows
+        self._graphs = DecodeGraphs(max_rows, device) if device.type == "cuda" else None
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute all rows of a plan in one pass. Raises what the framework raises."""
+        with torch.inference_mode():
+            arrays = lay_out(plan, self._cache.block_size)
+            logits = self._logits(arrays)
+            rows = arrays.sampled
+            result = sample(logits, rows) if rows else StepResult({})
+            for row in rows:
+                if row.request_id in result.faults:
+                    self._cache.scrub(row.block_ids)
+            return result
+
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """Logits fp32 [sampled rows, vocabulary] in the order of the plan's sampled rows."""
+        with torch.inference_mode():
+            arrays = lay_out(plan, self._cache.block_size)
+            logits = self._logits(arrays)
+            place = {id(row): index for index, row in enumerate(arrays.sampled)}
+            return logits[[place[id(row)] for row in plan.rows if row.sample]]
+
+    def _logits(self, arrays: StepArrays) -> torch.Tensor:
+        """Logits of the sampled rows, in the order of `arrays`. Valid until the next step."""
+        if self._graphs is None or not arrays.decode_only:
+            return self._forward_mixed(arrays)
+        padded = self._graphs.padded(len(arrays.rows))
+        inputs = self._inputs.decode(arrays, padded)
+        logits = self._graphs.replay(
+            padded, lambda: self._decoder.forward(inputs, self._attention, self._cache)
+        )
+        if len(arrays.logits_index) < len(arrays.rows):
+            return logits[torch.from_numpy(arrays.logits_index).long().to(logits.device)]
+        return logits[: len(arrays.rows)]
+
+    def _forward_mixed(self, arrays: StepArrays) -> torch.Tensor:
+        inputs = self._inputs.mixed(arrays)
+        return self._decoder.forward(inputs, self._attention, self._cache)
+
+    def capture(self) -> None:
+        """Capture the graph of every padded batch size, the largest first: they share memory."""
+        if self._graphs is None:
+            return
+        with torch.inference_mode():
+            for padded in reversed(self._graphs.sizes):
+                inputs = self._inputs.decode(None, padded)
+                self._graphs.capture(
+                    padded,
+                    lambda inputs=inputs: self._decoder.forward(  # type: ignore[misc]
+                        inputs, self._attention, self._cache
+                    ),
+                )
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Compile and load every kernel, then capture the graphs. Writes to the spare block."""
+        length = min(max_tokens, self._cache.block_size)
+        row = probe(0, (0,) * length, (self._cache.spare_block_id,))
+        self.run(StepPlan((row,)))
+        self.capture()
+        self.check()
+
+    def check(self) -> None:
+        """Run one token in the spare block. Raises EngineError when that gives no token."""
+        row = probe(0, (0,), (self._cache.spare_block_id,))
+        result = self.run(StepPlan((row,)))
+        if _CHECK_ID not in result.tokens:
+            raise EngineError(f"The self-check failed: {result.faults.get(_CHECK_ID)}.")
+
+    def batch_invariant(self) -> bool:
+        """Measure whether decodes have the same logits, bit by bit, alone and in a batch.
+
+        Call it before any request: it writes to the first blocks of the cache.
+        """
+        length = self._cache.block_size
+        count = min(5, self._cache.num_blocks, self._max_rows)
+        prompt = (1,) * length
+        for block in range(count):
+            self.logits(StepPlan((probe(0, prompt, (block,)),)))
+        decodes = [probe(length - 1, (1,), (block,)) for block in range(count)]
+        together = self.logits(StepPlan(tuple(decodes))).clone()
+        alone = self.logits(StepPlan((decodes[0],)))
+        return together.equal(alone.expand_as(together))
+
+
+def probe(start: int, token_ids: tuple[int, ...], block_ids: tuple[int, ...]) -> StepRow:
+    """A greedy row of nobody's request."""
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    return StepRow(_CHECK_ID, start, token_ids, block_ids, True, params, seed=0)
