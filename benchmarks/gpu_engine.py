@@ -146,6 +146,7 @@ class Setup:
         )  # fmt: skip
 
     def scheduler(self, prompts: list[list[int]], answer: int) -> Scheduler:
+        """A scheduler over the pool with one greedy request a prompt."""
         pool = BlockPool(self.cache.num_blocks, BLOCK, prefix_caching=False)
         scheduler = Scheduler(pool, 16384, 256, self.max_context, vocab_size=self.config.vocab_size)
         params = SamplingParams(max_tokens=answer, temperature=0.0)
@@ -281,15 +282,15 @@ def check_invariance(setup: Setup) -> None:
     blocks = -(-context // BLOCK)
     tables = [tuple(range(i * blocks, (i + 1) * blocks)) for i in range(256)]
     for prompt, table in zip(prompts, tables, strict=True):
-        setup.runner.logits(StepPlan((probe(0, tuple(prompt[:-1]), table),)))
+        setup.runner.logits(StepPlan.of((probe(0, tuple(prompt[:-1]), table),)))
     rows = [
         probe(context - 1, (prompt[-1],), table)
         for prompt, table in zip(prompts, tables, strict=True)
     ]
-    alone = torch.cat([setup.runner.logits(StepPlan((row,))).clone() for row in rows[:8]])
+    alone = torch.cat([setup.runner.logits(StepPlan.of((row,))).clone() for row in rows[:8]])
     same = {}
     for batch in (2, 3, 4, 8, 16, 17, 32, 64, 100, 128, 256):
-        logits = setup.runner.logits(StepPlan(tuple(rows[:batch])))
+        logits = setup.runner.logits(StepPlan.of(rows[:batch]))
         count = min(batch, 8)
         same[batch] = bool(logits[:count].equal(alone[:count]))
     emit(f"check batch invariance {setup.name}", bitwise_equal=same)
@@ -406,6 +407,7 @@ class Phases:
         self._end = START + budget_seconds
 
     def run(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
+        """What `call` returns, or None when it failed or the budget is spent."""
         if time.monotonic() > self._end:
             emit(name, skipped="budget")
             return None

@@ -94,7 +94,7 @@ def generate(runner, blocks, config, budget):
 
 
 def runner():
-    """The trained tiny model: chunks, mixed steps and decodes give the tokens of the cpu backend."""
+    """The trained tiny model: chunks, mixed steps and decodes give the cpu backend's tokens."""
     torch.set_num_threads(1)
     config = ModelConfig.from_folder(MODEL)
     with torch.inference_mode(), Weights(MODEL) as weights:

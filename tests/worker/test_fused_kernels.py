@@ -35,7 +35,7 @@ def row(name: str, start: int, tokens: tuple[int, ...], blocks: tuple[int, ...])
 
 
 def test_a_plan_is_laid_out_with_decodes_first() -> None:
-    plan = StepPlan(
+    plan = StepPlan.of(
         (
             row("chunk", 3, (10, 11, 12), (5, 6)),
             row("decode", 6, (20,), (7, 2)),
@@ -43,30 +43,42 @@ def test_a_plan_is_laid_out_with_decodes_first() -> None:
         )
     )
     arrays = lay_out(plan, 4)
-    assert [one.request_id for one in arrays.rows] == ["decode", "chunk", "unsampled"]
-    assert [one.request_id for one in arrays.sampled] == ["decode", "chunk"]
+    assert arrays.order is not None
+    assert arrays.order.tolist() == [1, 0, 2]
     assert (arrays.num_decodes, arrays.decode_only) == (1, False)
     assert arrays.token_ids.tolist() == [20, 10, 11, 12, 30, 31]
     assert arrays.positions.tolist() == [6, 3, 4, 5, 0, 1]
     assert arrays.slots.tolist() == [10, 23, 24, 25, 36, 37]
     assert arrays.context_lens.tolist() == [7, 6, 2]
+    assert arrays.logits_index is not None
     assert arrays.logits_index.tolist() == [0, 3]
+
+
+def test_plain_decodes_are_laid_out_from_the_table() -> None:
+    rows = tuple(row(str(i), 4 + i, (20 + i,), (7, 2 + i)) for i in range(3))
+    arrays = lay_out(StepPlan.of(rows), 4)
+    assert (arrays.order, arrays.num_decodes, arrays.logits_index) == (None, 3, None)
+    assert arrays.token_ids.tolist() == [20, 21, 22]
+    assert arrays.positions.tolist() == [4, 5, 6]
+    assert arrays.slots.tolist() == [8, 13, 18]
+    assert arrays.context_lens.tolist() == [5, 6, 7]
+    assert arrays.block_table.tolist() == [[7, 2], [7, 3], [7, 4]]
 
 
 def test_a_row_beyond_its_blocks_is_refused() -> None:
     with pytest.raises(IndexError, match="beyond its blocks"):
-        lay_out(StepPlan((row("a", 3, (1, 2), (5,)),)), 4)
+        lay_out(StepPlan.of((row("a", 3, (1, 2), (5,)),)), 4)
 
 
 def test_inputs_of_one_padded_size_stay_in_one_place_and_hide_the_padding() -> None:
     buffer = InputBuffer(64, 8, 4, 16, torch.device("cpu"))
-    first = buffer.decode(lay_out(StepPlan((row("a", 5, (42,), (3, 1)),)), 4), 4)
+    first = buffer.decode(lay_out(StepPlan.of((row("a", 5, (42,), (3, 1)),)), 4), 4)
     assert first.token_ids.tolist() == [42, 0, 0, 0]
     assert first.slots.tolist() == [5, -1, -1, -1]
     assert first.paged.context_lens.tolist() == [6, 0, 0, 0]
     assert first.paged.block_table[0, :2].tolist() == [3, 1]
     rows = tuple(row(str(i), i, (i,), (i + 1, 9)) for i in range(4))
-    again = buffer.decode(lay_out(StepPlan(rows), 4), 4)
+    again = buffer.decode(lay_out(StepPlan.of(rows), 4), 4)
     assert again.token_ids.data_ptr() == first.token_ids.data_ptr()
     assert again.paged.block_table.data_ptr() == first.paged.block_table.data_ptr()
     assert again.paged.context_lens.tolist() == [1, 2, 3, 4]

@@ -110,7 +110,12 @@ class FusedDecoder:
             residual, delta = residual[inputs.logits_index], delta[inputs.logits_index]
         last = space.normed[: len(residual)]
         add_rms_norm(residual, delta, weights.final_norm, last, eps)
-        return _logits(last, weights.head, space.logits[: len(last)])
+        logits = space.logits[: len(last)]
+        if len(logits) < len(last):  # a prompt is scored
+            logits = torch.empty(
+                len(last), len(weights.head), dtype=torch.float32, device=last.device
+            )
+        return _logits(last, weights.head, logits)
 
     def _attend(
         self,

@@ -5,7 +5,9 @@ graphs, for tests.
 """
 
 import logging
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from tilefleet_worker.attention.triton.backend import TritonAttention
@@ -46,33 +48,53 @@ class GPURunner:
         with torch.inference_mode():
             arrays = lay_out(plan, self._cache.block_size)
             logits = self._logits(arrays)
-            rows = arrays.sampled
+            if arrays.logits_index is None:
+                return self._sampled_plain(plan, logits)
+            rows = _in_order(plan, arrays)
             result = sample(logits, rows) if rows else StepResult({})
-            for row in rows:
-                if row.request_id in result.faults:
-                    self._cache.scrub(row.block_ids)
+            self._scrub(rows, result)
             return result
+
+    def _sampled_plain(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
+        """Tokens of a step in which every row wants the likeliest one; others go row by row."""
+        if plan.table.temperature[plan.slots].any():
+            result = sample(logits, plan.rows)
+            self._scrub(plan.rows, result)
+            return result
+        highest, best = (part.tolist() for part in logits.max(dim=-1))
+        if not np.isfinite(highest).all():
+            result = sample(logits, plan.rows)
+            self._scrub(plan.rows, result)
+            return result
+        return StepResult(dict(zip(plan.request_ids, best, strict=True)))
+
+    def _scrub(self, rows: Sequence[StepRow], result: StepResult) -> None:
+        for row in rows:
+            if row.request_id in result.faults:
+                self._cache.scrub(row.block_ids)
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Logits fp32 [sampled rows, vocabulary] in the order of the plan's sampled rows."""
         with torch.inference_mode():
             arrays = lay_out(plan, self._cache.block_size)
             logits = self._logits(arrays)
-            place = {id(row): index for index, row in enumerate(arrays.sampled)}
+            if arrays.order is None:
+                return logits
+            place = {id(row): index for index, row in enumerate(_in_order(plan, arrays))}
             return logits[[place[id(row)] for row in plan.rows if row.sample]]
 
     def _logits(self, arrays: StepArrays) -> torch.Tensor:
-        """Logits of the sampled rows, in the order of `arrays`. Valid until the next step."""
+        """Logits that `arrays` want, in their order. Valid until the next step."""
         if self._graphs is None or not arrays.decode_only:
             return self._forward_mixed(arrays)
-        padded = self._graphs.padded(len(arrays.rows))
+        padded = self._graphs.padded(arrays.num_rows)
         inputs = self._inputs.decode(arrays, padded)
         logits = self._graphs.replay(
             padded, lambda: self._decoder.forward(inputs, self._attention, self._cache)
         )
-        if len(arrays.logits_index) < len(arrays.rows):
-            return logits[torch.from_numpy(arrays.logits_index).long().to(logits.device)]
-        return logits[: len(arrays.rows)]
+        if arrays.logits_index is None:
+            return logits[: arrays.num_rows]
+        return logits[torch.from_numpy(arrays.logits_index).to(logits.device)]
 
     def _forward_mixed(self, arrays: StepArrays) -> torch.Tensor:
         inputs = self._inputs.mixed(arrays)
@@ -96,14 +118,14 @@ class GPURunner:
         """Compile and load every kernel, then capture the graphs. Writes to the spare block."""
         length = min(max_tokens, self._cache.block_size)
         row = probe(0, (0,) * length, (self._cache.spare_block_id,))
-        self.run(StepPlan((row,)))
+        self.run(StepPlan.of((row,)))
         self.capture()
         self.check()
 
     def check(self) -> None:
         """Run one token in the spare block. Raises EngineError when that gives no token."""
         row = probe(0, (0,), (self._cache.spare_block_id,))
-        result = self.run(StepPlan((row,)))
+        result = self.run(StepPlan.of((row,)))
         if _CHECK_ID not in result.tokens:
             raise EngineError(f"The self-check failed: {result.faults.get(_CHECK_ID)}.")
 
@@ -116,11 +138,17 @@ class GPURunner:
         count = min(5, self._cache.num_blocks, self._max_rows)
         prompt = (1,) * length
         for block in range(count):
-            self.logits(StepPlan((probe(0, prompt, (block,)),)))
+            self.logits(StepPlan.of((probe(0, prompt, (block,)),)))
         decodes = [probe(length - 1, (1,), (block,)) for block in range(count)]
-        together = self.logits(StepPlan(tuple(decodes))).clone()
-        alone = self.logits(StepPlan((decodes[0],)))
+        together = self.logits(StepPlan.of(decodes)).clone()
+        alone = self.logits(StepPlan.of((decodes[0],)))
         return together.equal(alone.expand_as(together))
+
+
+def _in_order(plan: StepPlan, arrays: StepArrays) -> tuple[StepRow, ...]:
+    """Rows that want logits, in the order of the arrays."""
+    order = range(len(plan)) if arrays.order is None else arrays.order.tolist()
+    return tuple(row for row in (plan.rows[index] for index in order) if row.num_logits)
 
 
 def probe(start: int, token_ids: tuple[int, ...], block_ids: tuple[int, ...]) -> StepRow:

@@ -9,55 +9,73 @@ import torch
 from tilefleet_worker.attention.triton.backend import PagedBatch
 from tilefleet_worker.attention.triton.prefill import query_tiles
 from tilefleet_worker.fused_decoder import StepInputs
-from tilefleet_worker.step import StepPlan, StepRow
+from tilefleet_worker.step import StepPlan
 
-Ints = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
     """A plan in arrays. Rows of one token first, then longer ones; tokens in that order."""
 
-    rows: tuple[StepRow, ...]
+    order: Ints | None
+    """Index in the plan of each row here; None: the order of the plan."""
     num_decodes: int
     token_ids: Ints  # [tokens]
     positions: Ints  # [tokens]
-    slots: Ints  # [tokens]
+    slots: Ints  # [tokens]: block · block_size + place
     context_lens: Ints  # [rows]
     lengths: Ints  # [rows]
     block_table: Ints  # [rows, blocks of the widest]
-    logits_index: Ints  # [sampled rows]: index of the last token of each
+    logits_index: Ints | None
+    """Tokens whose logits are wanted, row by row; None: those of all tokens."""
+
+    @property
+    def num_rows(self) -> int:
+        """Requests of the step."""
+        return len(self.context_lens)
 
     @property
     def decode_only(self) -> bool:
         """True when every row is one token: such a step can be a captured graph."""
-        return self.num_decodes == len(self.rows)
-
-    @property
-    def sampled(self) -> tuple[StepRow, ...]:
-        """Rows that want a token, in the order of logits_index."""
-        return tuple(row for row in self.rows if row.sample)
+        return self.num_decodes == self.num_rows
 
 
 def lay_out(plan: StepPlan, block_size: int) -> StepArrays:
     """Lay out a plan that has rows. Raises IndexError when a row reaches beyond its blocks."""
-    rows = tuple(sorted(plan.rows, key=lambda row: row.length > 1))
-    lengths = np.array([row.length for row in rows], dtype=np.int32)
-    ends = np.array([row.end for row in rows], dtype=np.int32)
-    table = np.zeros((len(rows), max(len(row.block_ids) for row in rows)), dtype=np.int32)
-    for index, row in enumerate(rows):
-        table[index, : len(row.block_ids)] = row.block_ids
-        if row.end > len(row.block_ids) * block_size:
-            raise IndexError(f"request {row.request_id} reaches beyond its blocks")
-    row_of = np.repeat(np.arange(len(rows), dtype=np.int32), lengths)
-    last = np.cumsum(lengths, dtype=np.int32)  # tokens before the end of each row
-    positions = np.arange(last[-1], dtype=np.int32) - (last - ends)[row_of]
-    slots = table[row_of, positions // block_size] * block_size + positions % block_size
-    token_ids = np.fromiter((t for row in rows for t in row.token_ids), np.int32, int(last[-1]))
-    sampled = np.array([row.sample for row in rows], dtype=bool)
+    table, ends = plan.table, plan.ends
+    beyond = np.flatnonzero(ends > table.num_blocks[plan.slots] * block_size)
+    if len(beyond):
+        raise IndexError(f"request {plan.request_ids[beyond[0]]} reaches beyond its blocks")
+    width = -(-int(ends.max()) // block_size)
+    if bool((plan.lengths == 1).all() and plan.sample.all() and table.plain[plan.slots].all()):
+        blocks = table.block_ids[plan.slots, :width]
+        place = blocks[np.arange(len(plan)), plan.starts // block_size]
+        return StepArrays(
+            None, len(plan), table.last_token[plan.slots], plan.starts,
+            place * block_size + plan.starts % block_size, ends, plan.lengths, blocks, None,
+        )  # fmt: skip
+    return _lay_out_rows(plan, width, block_size)
+
+
+def _lay_out_rows(plan: StepPlan, width: int, block_size: int) -> StepArrays:
+    """The general case: rows of any length, spelled out."""
+    order = np.argsort(plan.lengths > 1, kind="stable")
+    rows = [plan.rows[index] for index in order.tolist()]
+    lengths, ends = plan.lengths[order], plan.ends[order]
+    blocks = plan.table.block_ids[plan.slots[order], :width]
+    row_of = np.repeat(np.arange(len(rows)), lengths)
+    last = np.cumsum(lengths)  # tokens before the end of each row
+    positions = np.arange(last[-1]) - (last - ends)[row_of]
+    places = blocks[row_of, positions // block_size] * block_size + positions % block_size
+    token_ids = np.fromiter((t for row in rows for t in row.token_ids), np.int64, int(last[-1]))
+    wanted = [
+        np.append(first + np.arange(len(row.targets)), [end - 1] * row.sample)
+        for row, first, end in zip(rows, last - lengths, last, strict=True)
+    ]
     return StepArrays(
-        rows, int((lengths == 1).sum()), token_ids, positions, slots, ends, lengths, table,
-        (last - 1)[sampled],
+        order, int((lengths == 1).sum()), token_ids, positions, places, ends, lengths, blocks,
+        np.concatenate(wanted).astype(np.int64),
     )  # fmt: skip
 
 
@@ -85,7 +103,7 @@ class InputBuffer:
         count = padded_rows
         parts = self._parts((count, count, count, count, count * self._width))
         token_ids, positions, slots, contexts, table = (self._numpy[part] for part in parts)
-        rows = 0 if arrays is None else len(arrays.rows)
+        rows = 0 if arrays is None else arrays.num_rows
         for target, padding in ((token_ids, 0), (positions, 0), (slots, -1), (contexts, 0)):
             target[rows:] = padding
         if arrays is not None:
@@ -98,8 +116,8 @@ class InputBuffer:
 
     def mixed(self, arrays: StepArrays) -> StepInputs:
         """Send rows of any lengths as they are."""
-        tokens, rows = len(arrays.token_ids), len(arrays.rows)
-        logits = len(arrays.logits_index)
+        tokens, rows, index = len(arrays.token_ids), arrays.num_rows, arrays.logits_index
+        logits = 0 if index is None else len(index)
         lengths = np.where(np.arange(rows) < arrays.num_decodes, 0, arrays.lengths)
         tiles = query_tiles(lengths, arrays.context_lens, self._tile_rows, arrays.num_decodes)
         sizes = (tokens, tokens, tokens, rows, rows * self._width, logits, tiles.size)
@@ -107,7 +125,7 @@ class InputBuffer:
         for part, values in zip(
             parts,
             (arrays.token_ids, arrays.positions, arrays.slots, arrays.context_lens, None,
-             arrays.logits_index, tiles.reshape(-1)),
+             index, tiles.reshape(-1)),
             strict=True,
         ):  # fmt: skip
             if values is not None:
@@ -119,7 +137,7 @@ class InputBuffer:
             arrays.num_decodes, views[4].view(rows, -1), views[3],
             views[6].view(-1, 4) if tiles.size else None,
         )  # fmt: skip
-        return StepInputs(views[0], views[1], views[2], paged, views[5])
+        return StepInputs(views[0], views[1], views[2], paged, None if index is None else views[5])
 
     @staticmethod
     def _parts(sizes: tuple[int, ...]) -> list[slice]:
