@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tilefleet_worker.choice import NoTokenError, choose, draw
@@ -82,14 +82,17 @@ def test_extreme_temperatures_do_not_overflow(temperature: float) -> None:
     temperature=st.floats(0.05, 5.0),
     seed=st.integers(0, 2**64 - 1),
 )
+@example(logits=[-1.7983970027620804e-22, 0.0], top_k=1, top_p=1.0, temperature=1.0, seed=0)
 def test_the_choice_is_always_inside_top_k_and_top_p(
     logits: list[float], top_k: int, top_p: float, temperature: float, seed: int
 ) -> None:
     params = SamplingParams(max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
     chosen = draw(np.array(logits), params, seed, 3)
-    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    # Logits may differ by so little that their weights are equal: then the id decides.
+    weight = [math.exp((logit - max(logits)) / temperature) for logit in logits]
+    order = sorted(range(len(logits)), key=lambda token: (-weight[token], token))
     order = order[: top_k or len(logits)]
-    weights = [math.exp((logits[token] - logits[order[0]]) / temperature) for token in order]
+    weights = [weight[token] for token in order]
     before = sum(weights[: order.index(chosen)]) / sum(weights)
     assert before < top_p + 1e-9
 
