@@ -6,11 +6,12 @@ Plain data for the executor, which adds nothing. Does not know how they are chos
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tilefleet_operator.api import FIELD_MANAGER
 from tilefleet_operator.desired import ADMIN_PORT
+from tilefleet_operator.status import Telemetry
 
 # Relabelling needs its own manager: an apply by the first manager that names only labels would
 # give up, and so remove, every other field of the pod.
@@ -83,10 +84,13 @@ class Plan:
 
     actions: in order. status: the whole new /status, None when nothing changed. requeue_after:
     seconds until the plan may change although nothing is observed to change, None when never.
-    events: (type, reason, message) of transitions, for the Events of the object.
+    events: (type, reason, message) of transitions, for the Events of the object. decision: code of
+    why the fleet has its size (autoscale.CODES), empty without one. telemetry: what was measured.
     """
 
     actions: tuple[Action, ...] = ()
     status: Mapping[str, Any] | None = None
     requeue_after: float | None = None
     events: tuple[tuple[str, str, str], ...] = ()
+    decision: str = ""
+    telemetry: Telemetry = field(default_factory=Telemetry)

@@ -34,6 +34,11 @@ SLOW_SECONDS = 60.0
 STALE_SECONDS = 10.0
 BACKLOG_WAIT_SECONDS, BACKLOG_DRAIN_SECONDS, BACKLOG_TARGET = 1.0, 30.0, 0.95
 SHRINK_MARGIN = 0.9
+# Every decision has one of these codes; they are label values of a metric.
+CODES = (
+    "NoReplicaReady", "NoAnswer", "Learning", "Grow", "AtMaximum", "SilentReplicas",
+    "RequestsWait", "SizeSuits", "YoungHistory", "Interval", "Shrink", "Manual", "Paused",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,16 @@ class Policy:
 class Decision:
     """The wanted number of replicas, and everything it was computed from.
 
-    recommended: what load needs before the limits of steps, minimum and maximum. utilization:
-    demand over the ready replicas' capacity. fresh: every ready replica answered. wait_seconds:
-    until time alone may change the decision, None when it cannot.
+    code: the kind of reason, one of CODES. recommended: what load needs before the limits of
+    steps, minimum and maximum. utilization: demand over the ready replicas' capacity. fresh: every
+    ready replica answered. wait_seconds: until time alone may change the decision, None when it
+    cannot.
     """
 
     desired: int
     recommended: int
     reason: str
+    code: str
     utilization: float | None = None
     capacity_tokens_per_second: float | None = None
     capacity_source: str = ""
@@ -131,15 +138,18 @@ def decide(history: History, policy: Policy, now: float) -> Decision:
     """The wanted number of replicas at `now`, within minimum and maximum. Pure."""
     held = min(max(policy.current, policy.minimum), policy.maximum)
     if not policy.ready:
-        return Decision(held, held, "no replica is ready; holding")
+        return Decision(held, held, "no replica is ready; holding", "NoReplicaReady")
     answered = _answered(history, policy, now)
     if not answered:
         missing = len(policy.ready)
-        return Decision(held, held, "no ready replica answers; holding", missing=missing)
+        return Decision(
+            held, held, "no ready replica answers; holding", "NoAnswer", missing=missing
+        )
     load = _measure(history, answered, policy, now)
     measured = _described(load, held, policy)
     if load.demand is None or (not load.capacity and load.demand > 0):
-        return replace(measured, reason="learning the capacity of a replica; holding")
+        why = "learning the capacity of a replica; holding"
+        return replace(measured, reason=why, code="Learning")
     needed = replicas_for(load.demand, load.queue if load.backlog else 0.0, load.capacity, policy)
     full = len(policy.ready) * (load.capacity or 0.0)
     measured = replace(
@@ -148,9 +158,10 @@ def decide(history: History, policy: Policy, now: float) -> Decision:
     if needed > held:
         return _grow(measured, held, needed, policy)
     if load.missing:
-        return replace(measured, reason=f"{load.missing} replicas do not answer; not shrinking")
+        why = f"{load.missing} replicas do not answer; not shrinking"
+        return replace(measured, reason=why, code="SilentReplicas")
     if load.backlog:
-        return replace(measured, reason="requests wait; not shrinking")
+        return replace(measured, reason="requests wait; not shrinking", code="RequestsWait")
     candidate = max(needed, policy.minimum, _peak(load, policy, now))
     return _shrink(measured, held, candidate, history, policy, now)
 
@@ -204,6 +215,7 @@ def _described(load: _Load, held: int, policy: Policy) -> Decision:
         held,
         held,
         "",
+        "",
         capacity_tokens_per_second=load.capacity,
         capacity_source=load.source,
         demand_tokens_per_second=load.demand,
@@ -256,22 +268,23 @@ def _grow(measured: Decision, held: int, needed: int, policy: Policy) -> Decisio
         return replace(
             measured,
             reason=f"load needs {needed} replicas, maxReplicas is {policy.maximum}",
+            code="AtMaximum",
         )
-    return replace(
-        measured, desired=desired, reason=f"load needs {needed} replicas, more than {held}"
-    )
+    why = f"load needs {needed} replicas, more than {held}"
+    return replace(measured, desired=desired, reason=why, code="Grow")
 
 
 def _shrink(
     measured: Decision, held: int, candidate: int, history: History, policy: Policy, now: float
 ) -> Decision:
     if candidate >= held:
-        return replace(measured, reason="the size suits the load")
+        return replace(measured, reason="the size suits the load", code="SizeSuits")
     known = now - history.frames[0].time
     if known < policy.down_window:
         return replace(
             measured,
             reason="observed for less than the scale-down window",
+            code="YoungHistory",
             wait_seconds=policy.down_window - known,
         )
     since = now - policy.last_shrink if policy.last_shrink is not None else math.inf
@@ -279,6 +292,7 @@ def _shrink(
         return replace(
             measured,
             reason="waiting for the scale-down interval",
+            code="Interval",
             wait_seconds=policy.down_interval - since,
         )
     desired = max(candidate, held - max(1, held * policy.down_percent // 100))
@@ -286,4 +300,5 @@ def _shrink(
         measured,
         desired=desired,
         reason=f"{candidate} suffice for the largest load of the scale-down window",
+        code="Shrink",
     )

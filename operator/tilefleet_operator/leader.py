@@ -49,6 +49,11 @@ class LeaderTiming:
     """Pause between looks at the devices that pods of others hold; only with AMD fleets."""
     monitor_seconds: float = 60.0
     """Pause between lists of PodMonitors, which also say whether the cluster has them."""
+    stuck_seconds: float = 120.0
+    """A key that waits or runs longer means that reconciling is stuck: requests end after 10 s, and
+    the queue hands out 500 keys a second."""
+    blind_seconds: float = 600.0
+    """No watch event and no list of a resource for so long: two full lists were missed."""
     stop_seconds: float = 3.0
     """How long a stopping leader lets running reconciles finish."""
 
@@ -122,8 +127,28 @@ class Leader:
     def refresh(self) -> None:
         """Set the gauges that are read, not counted."""
         self.telemetry.queue_depth.set(self.queue.depth())
+        self.telemetry.queue_oldest_seconds.set(self.queue.oldest_seconds())
         for plural, age in self.cache.ages().items():
             self.telemetry.watch_age_seconds.labels(plural).set(age)
+
+    def problems(self) -> list[str]:
+        """What only a restart cures: a stuck queue, or a view that nothing renews any more."""
+        oldest, limit = self.queue.oldest_seconds(), self.timing.stuck_seconds
+        problems = []
+        if oldest > limit:
+            problems.append(f"a key waits for {oldest:.0f} s, limit {limit:.0f} s")
+        limit = self.timing.blind_seconds
+        problems += [
+            f"nothing was seen of {plural} for {age:.0f} s, limit {limit:.0f} s"
+            for plural, age in sorted(self.cache.ages().items())
+            if age > limit
+        ]
+        return problems
+
+    @property
+    def synced(self) -> bool:
+        """Whether the first full list is done, so that fleets are worked on."""
+        return self._synced.is_set()
 
     async def _kopf(self, ready: asyncio.Event) -> None:
         await kopf.operator(

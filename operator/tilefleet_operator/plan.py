@@ -92,7 +92,8 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     changed = new if new != deployment.status else None
     events = tuple(transitions(deployment.status, new)) if changed is not None else ()
     ahead = [wait for wait in waits if wait is not None]
-    return Plan(tuple(actions), changed, min(ahead, default=None), events)
+    due = min(ahead, default=None)
+    return Plan(tuple(actions), changed, due, events, decision.code, report.telemetry)
 
 
 def invalid(obj: Mapping[str, Any], problems: Sequence[str], now: float) -> Plan:
@@ -129,9 +130,10 @@ def _decide(snapshot: Snapshot, pods: Fleet, now: float) -> Decision:
     decision = decide(snapshot.history, policy, now)
     if manual:
         why = f"spec.replicas is {deployment.spec.replicas}"
-        return replace(decision, reason=why, wait_seconds=None)
+        return replace(decision, reason=why, code="Manual", wait_seconds=None)
     if deployment.spec.paused:
-        return replace(decision, desired=current, reason="spec.paused is true", wait_seconds=None)
+        why = "spec.paused is true"
+        return replace(decision, desired=current, reason=why, code="Paused", wait_seconds=None)
     return decision
 
 

@@ -18,17 +18,14 @@ from tilefleet_operator.desired import Defaults
 from tilefleet_operator.election import Election, LeaseTiming
 from tilefleet_operator.leader import Leader
 from tilefleet_operator.login import login
+from tilefleet_operator.ports import serve_metrics, serve_probes
 from tilefleet_operator.rate import Rate
 from tilefleet_operator.resources import LEASES
-from tilefleet_operator.telemetry import Telemetry, serve_metrics, serve_probes
+from tilefleet_operator.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-
-STUCK_SECONDS = 120.0
-"""A key that waits or runs longer than this means that reconciling is stuck: requests end after
-10 s, and the queue hands out 500 keys a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +157,15 @@ class Process:
         age, limit = self.election.renewal_age_seconds(), self.config.timing.duration_seconds
         if age > limit:
             problems.append(f"the Lease was renewed {age:.0f} s ago, limit {limit:.0f} s")
-        oldest = self.leader.queue.oldest_seconds() if self.leader is not None else 0.0
-        if oldest > STUCK_SECONDS:
-            problems.append(f"a key waits for {oldest:.0f} s, limit {STUCK_SECONDS:.0f} s")
-        return problems
+        return problems + (self.leader.problems() if self.leader is not None else [])
 
     def unready(self) -> list[str]:
         """Why this process should not count as available; a follower does."""
-        return ["the process stops"] if self.stopping.is_set() else []
+        if self.stopping.is_set():
+            return ["the process stops"]
+        if self.leader is not None and not self.leader.synced:
+            return ["the first full list is not done; is the CustomResourceDefinition installed?"]
+        return []
 
     def _guard(self) -> float:
         return self.election.guard()

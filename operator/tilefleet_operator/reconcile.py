@@ -55,7 +55,10 @@ class Reconciler:
             # The schema refuses such an object, but an older schema may have let it in.
             made = invalid(body, error.problems, self.wall())
         await self.executor.execute(owner, made)
-        self.telemetry.observe_fleet(*key, made.status or body.get("status") or {})
+        report = made.status or body.get("status") or {}
+        self.telemetry.observe_fleet(*key, report, made.telemetry)
+        if made.decision:
+            self.telemetry.decisions.labels(made.decision).inc()
         return made.requeue_after
 
     async def _decide(self, key: Key) -> Plan:

@@ -1,20 +1,37 @@
-"""The operator's own metrics and its HTTP ports: /metrics, /healthz, /readyz.
+"""The operator's own metrics, and the format of its log.
 
-One registry per process object, passed to whoever counts; nothing is global. It does not know what
-is healthy: it asks the functions it is given.
+One registry per process object, passed to whoever counts; nothing is global. No label holds a
+text that a client of a fleet could choose; fleets beyond FLEETS_SHOWN are counted, not shown.
 """
 
 import json
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from tilefleet_operator import status
+
+FLEETS_SHOWN = 2000
+_FLEET = ("namespace", "name")
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+# Field of a fleet's report → name of its series, and what it holds.
+_FLEET_GAUGES = {
+    "desired": ("desired_replicas", "Replicas that the fleet is sized to."),
+    "ready": ("ready_replicas", "Replicas that are Ready."),
+    "utilization": (
+        "utilization_ratio", "Demand over the capacity of the ready replicas; above 1: too much.",
+    ),
+    "capacity": (
+        "replica_capacity_tokens_per_second", "Tokens per second of one replica at full load.",
+    ),
+    "demand": ("demand_tokens_per_second", "Tokens per second that arrive, prompt and output."),
+    "queue": ("queue_tokens", "Tokens of requests that wait for a replica."),
+}  # fmt: skip
 
 
 class Telemetry:
@@ -80,79 +97,76 @@ class Telemetry:
             ["action", "result"],
             registry=self.registry,
         )
-        self.desired = Gauge(
-            "tilefleet_inferencedeployment_desired_replicas",
-            "Replicas that the fleet is sized to.",
-            ["namespace", "name"],
+        self.queue_oldest_seconds = Gauge(
+            prefix + "queue_oldest_seconds",
+            "Seconds of the longest overdue or longest running key.",
             registry=self.registry,
         )
-        self.ready = Gauge(
-            "tilefleet_inferencedeployment_ready_replicas",
-            "Replicas that are Ready.",
-            ["namespace", "name"],
+        self.decisions = Counter(
+            prefix + "decisions_total",
+            "Decisions on the size of a fleet by kind of reason.",
+            ["reason"],
             registry=self.registry,
         )
+        self.fleets_not_shown = Gauge(
+            prefix + "fleets_not_shown",
+            f"Fleets without series of their own, because {FLEETS_SHOWN} others have them.",
+            registry=self.registry,
+        )
+        self.fleet_gauges = {
+            field: self._fleet_gauge(name, text) for field, (name, text) in _FLEET_GAUGES.items()
+        }
+        self.condition = Gauge(
+            "tilefleet_inferencedeployment_condition",
+            "1 while the condition of this type is True, else 0.",
+            [*_FLEET, "type"],
+            registry=self.registry,
+        )
+        self._shown: set[tuple[str, str]] = set()
+        self._not_shown: set[tuple[str, str]] = set()
+
+    def _fleet_gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"tilefleet_inferencedeployment_{name}", text, _FLEET, registry=self.registry)
 
     def observe_request(self, verb: str, plural: str, code: int, seconds: float) -> None:
         """Count one request to the API server; fits client.Observer."""
         self.api_requests.labels(verb, plural, str(code)).inc()
         self.api_seconds.labels(verb, plural).observe(seconds)
 
-    def observe_fleet(self, namespace: str, name: str, status: Mapping[str, object]) -> None:
-        """Show the two sizes of one fleet."""
-        for gauge, field in ((self.desired, "desiredReplicas"), (self.ready, "readyReplicas")):
-            value = status.get(field)
-            if isinstance(value, int):
-                gauge.labels(namespace, name).set(value)
+    def observe_fleet(
+        self, namespace: str, name: str, report: Mapping[str, Any], measured: status.Telemetry
+    ) -> None:
+        """Show one fleet. report: its status. A figure that is not known has no series."""
+        key = (namespace, name)
+        if key not in self._shown and len(self._shown) >= FLEETS_SHOWN:
+            self._not_shown.add(key)
+            self.fleets_not_shown.set(len(self._not_shown))
+            return
+        figures: dict[str, float | None] = {
+            "desired": report.get("desiredReplicas"),
+            "ready": report.get("readyReplicas"),
+            "utilization": measured.utilization,
+            "capacity": measured.capacity,
+            "demand": measured.demand,
+            "queue": measured.queue if measured.demand is not None else None,
+        }
+        for field, value in figures.items():
+            if value is None:
+                self.fleet_gauges[field].remove_by_labels(dict(zip(_FLEET, key, strict=True)))
+            else:
+                self.fleet_gauges[field].labels(*key).set(value)
+        self._shown.add(key)
+        for condition in report.get("conditions") or ():
+            self.condition.labels(*key, condition["type"]).set(condition["status"] == "True")
 
     def forget_fleet(self, namespace: str, name: str) -> None:
         """Drop the series of a deployment that is gone."""
-        for gauge in (self.desired, self.ready):
-            gauge.remove_by_labels({"namespace": namespace, "name": name})
-
-
-Check = Callable[[], Sequence[str]]
-"""Returns what is wrong, one sentence each; empty when all is well."""
-
-
-async def serve_metrics(
-    telemetry: Telemetry, refresh: Callable[[], None], port: int
-) -> web.AppRunner:
-    """Serve /metrics; ``refresh`` sets the gauges before each scrape."""
-
-    async def metrics(_: web.Request) -> web.Response:
-        refresh()
-        return web.Response(
-            body=generate_latest(telemetry.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
-
-    return await _serve({"/metrics": metrics}, port)
-
-
-async def serve_probes(healthy: Check, ready: Check, port: int) -> web.AppRunner:
-    """Serve /healthz and /readyz: 200 "ok", or 503 with the reasons. Returns the running server."""
-
-    def probe(check: Check) -> Callable[[web.Request], Awaitable[web.Response]]:
-        async def answer(_: web.Request) -> web.Response:
-            problems = check()
-            return web.Response(
-                status=503 if problems else 200, text="\n".join(problems or ["ok"]) + "\n"
-            )
-
-        return answer
-
-    return await _serve({"/healthz": probe(healthy), "/readyz": probe(ready)}, port)
-
-
-async def _serve(
-    routes: Mapping[str, Callable[[web.Request], Awaitable[web.Response]]], port: int
-) -> web.AppRunner:
-    app = web.Application()
-    app.add_routes([web.get(path, handler) for path, handler in routes.items()])
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
-    await runner.setup()
-    await web.TCPSite(runner, port=port).start()
-    return runner
+        key = {"namespace": namespace, "name": name}
+        for gauge in (*self.fleet_gauges.values(), self.condition):
+            gauge.remove_by_labels(key)
+        self._shown.discard((namespace, name))
+        self._not_shown.discard((namespace, name))
+        self.fleets_not_shown.set(len(self._not_shown))
 
 
 class JsonFormatter(logging.Formatter):
