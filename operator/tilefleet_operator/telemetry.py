@@ -139,9 +139,9 @@ class Telemetry:
         """Show one fleet. report: its status. A figure that is not known has no series."""
         key = (namespace, name)
         if key not in self._shown and len(self._shown) >= FLEETS_SHOWN:
-            self._not_shown.add(key)
-            self.fleets_not_shown.set(len(self._not_shown))
+            self._count_not_shown(self._not_shown | {key})
             return
+        self._count_not_shown(self._not_shown - {key})
         figures: dict[str, float | None] = {
             "desired": report.get("desiredReplicas"),
             "ready": report.get("readyReplicas"),
@@ -165,8 +165,11 @@ class Telemetry:
         for gauge in (*self.fleet_gauges.values(), self.condition):
             gauge.remove_by_labels(key)
         self._shown.discard((namespace, name))
-        self._not_shown.discard((namespace, name))
-        self.fleets_not_shown.set(len(self._not_shown))
+        self._count_not_shown(self._not_shown - {(namespace, name)})
+
+    def _count_not_shown(self, keys: set[tuple[str, str]]) -> None:
+        self._not_shown = keys
+        self.fleets_not_shown.set(len(keys))
 
 
 class JsonFormatter(logging.Formatter):
