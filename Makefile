@@ -18,7 +18,7 @@ test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e"
 
 test-cluster: system $(STAMP)  ## tests on a real API server and on the local cluster with the images
-	@python3 -u hack/cluster binaries
+	@python3 -u hack/cluster binaries --karpenter
 	$(PY) -m pytest tests -m "(apiserver or e2e) and not gpu" --timeout 900
 
 test-rolls: system $(STAMP)  ## 20 rolls and 20 scale-downs under 60 open streams; `make test` does 2

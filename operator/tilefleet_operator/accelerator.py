@@ -152,3 +152,15 @@ class AcceleratorSpec(Model):
         )
         others = (f.model_copy(update={"count": f.count or own.count}) for f in self.fallbacks)
         return (own, *others)
+
+
+class Capacity(Model):
+    """How the fleet lives with the cluster's node autoscaler."""
+
+    protect_startup: bool = Field(
+        default=True, description="No node autoscaler moves a replica before it serves."
+    )
+    protect_serving: bool = Field(
+        default=False,
+        description="Nor afterwards. Else an eviction drains it, inside its PodDisruptionBudget.",
+    )

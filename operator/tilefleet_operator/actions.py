@@ -20,7 +20,9 @@ DRAIN_FIELD_MANAGER = f"{FIELD_MANAGER}-drain"
 
 @dataclass(frozen=True)
 class Apply:
-    """Server-side apply `body` (force), a whole child object."""
+    """Server-side apply `body` (force): a whole child object, or, where it carries metadata.uid,
+    some fields of that very object, by a field manager of their own.
+    """  # fmt: skip
 
     body: Mapping[str, Any]
     why: str

@@ -9,15 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tilefleet_operator.hardware import (
-    BETA_DEVICE_ID_KEY,
-    DCM_STATE_KEY,
-    DEVICE_ID_KEY,
-    GPU_MODE_KEY,
-    NodeView,
-)
+from tilefleet_operator.hardware import BETA_DEVICE_ID_KEY, DEVICE_ID_KEY, NodeView
 from tilefleet_operator.partitions import PARTITION_KEYS
-from tilefleet_operator.products import KNOWN_IDS
 
 HOSTNAME_KEY = "kubernetes.io/hostname"
 _COMPUTE_MODES = ("spx", "dpx", "tpx", "qpx", "cpx")
@@ -28,11 +21,12 @@ Expression = dict[str, Any]
 
 
 def label_terms(ids: Sequence[str], partition: str) -> list[Term]:
-    """ORed terms for PCI device ids (empty: any) and a partition expression; none when all will do.
+    """ORed terms for PCI device ids (empty: any) and a partition; none when every node will do.
 
     partition: "" any, "whole" no partitions, else a pattern such as "cpx_" or "spx_nps1" or
-    "_nps4". Value form: In. Count forms, new and beta: the id Exists and no other known id does,
-    because a pod cannot choose the model on a node that mixes two.
+    "_nps4". Models: the value form, and the beta count form of older labellers. Nodes that mix
+    models are told apart by name. Never NotIn: for a label that its pool does not define, Karpenter
+    would invent a value that is not excluded, and write it on the node.
     """
     return [
         {"matchExpressions": [*models, *modes]}
@@ -45,46 +39,42 @@ def label_terms(ids: Sequence[str], partition: str) -> list[Term]:
 def _model_alternatives(ids: Sequence[str]) -> list[list[Expression]]:
     if not ids:
         return [[]]
-    found = [[_values(DEVICE_ID_KEY, "In", ids)]]
-    others = [i for i in KNOWN_IDS if i not in ids]
-    for key in (DEVICE_ID_KEY, BETA_DEVICE_ID_KEY):
-        # The value form, where it is there, says more than counts that were left behind.
-        absent = [_absent(DEVICE_ID_KEY), *(_absent(f"{key}.{i}") for i in others)]
-        found += [[{"key": f"{key}.{i}", "operator": "Exists"}, *absent] for i in ids]
-    return found
+    count_forms = [{"key": f"{BETA_DEVICE_ID_KEY}.{i}", "operator": "Exists"} for i in ids]
+    return [
+        [_values(DEVICE_ID_KEY, "In", ids)],
+        *([form, _absent(DEVICE_ID_KEY)] for form in count_forms),
+    ]
 
 
 def _partition_alternatives(partition: str) -> list[list[Expression]]:
     if not partition:
         return [[]]
-    if partition == "whole":
-        parts = [f"{c}_{m}" for c in _COMPUTE_MODES[1:] for m in _MEMORY_MODES]
-        return [[_values(key, "NotIn", parts) for key in PARTITION_KEYS]]
+    pattern = "spx_" if partition == "whole" else partition
     modes = [f"{c}_{m}" for c in _COMPUTE_MODES for m in _MEMORY_MODES]
-    wanted = [mode for mode in modes if partition in mode]
+    wanted = [mode for mode in modes if pattern in mode]
     first, second = PARTITION_KEYS
-    return [
+    found = [
         [_values(first, "In", wanted)],
         [_values(second, "In", wanted), _absent(first)],
     ]
+    # GPUs that cannot be partitioned, and labellers without these labels.
+    unlabelled = [[_absent(first), _absent(second)]] if partition == "whole" else []
+    return [*found, *unlabelled]
 
 
 def narrowed(terms: Sequence[Term], excluded: Iterable[NodeView]) -> list[Term]:
-    """The terms without nodes in repair and passthrough, and without the excluded nodes."""
+    """The terms without the excluded nodes; none when every node will do."""
     nodes = sorted(excluded, key=lambda node: node.name)
     hosts = [node.labels[HOSTNAME_KEY] for node in nodes if node.labels.get(HOSTNAME_KEY)]
-    more = [
-        _values(DCM_STATE_KEY, "NotIn", ["failure"]),
-        _values(GPU_MODE_KEY, "NotIn", ["pf-passthrough", "vf-passthrough"]),
-    ]
-    if hosts:
-        more.append(_values(HOSTNAME_KEY, "NotIn", hosts))
+    more = [_values(HOSTNAME_KEY, "NotIn", hosts)] if hosts else []
     # The field takes one value. It stands in only for the label, which node autoscalers read.
     fields = [
         _values("metadata.name", "NotIn", [node.name])
         for node in nodes
         if not node.labels.get(HOSTNAME_KEY)
     ]
+    if not more and not fields:
+        return list(terms)
     result: list[Term] = []
     for term in terms or [{"matchExpressions": []}]:
         narrow: Term = {"matchExpressions": [*term["matchExpressions"], *more]}

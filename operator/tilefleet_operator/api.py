@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from tilefleet_operator.accelerator import AcceleratorSpec
+from tilefleet_operator.accelerator import AcceleratorSpec, Capacity
 from tilefleet_operator.errors import SpecInvalid
 from tilefleet_operator.fields import Duration, Fraction, Model, OptionalQuantity, Quantity
 from tilefleet_operator.units import seconds
@@ -233,6 +233,9 @@ class Spec(Model):
     )
     autoscaling: Autoscaling = Field(default_factory=Autoscaling, description="Fleet size.")
     rollout: Rollout = Field(default_factory=Rollout, description="Replacing revisions.")
+    capacity: Capacity = Field(
+        default_factory=Capacity, description="Dealings with node autoscalers."
+    )
     monitoring: Monitoring = Field(default_factory=Monitoring, description="Metrics.")
     paused: bool = Field(default=False, description="Change no pods; only report.")
 

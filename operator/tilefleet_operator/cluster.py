@@ -9,6 +9,7 @@ from typing import Any
 
 from tilefleet_operator import children
 from tilefleet_operator.api import PLURAL, InferenceDeployment, parse
+from tilefleet_operator.autoscalers import NodeAutoscalers
 from tilefleet_operator.cache import NEVER, Key, ObjectCache, child_key, version
 from tilefleet_operator.client import ApiClient
 from tilefleet_operator.errors import NotFound, SpecInvalid
@@ -63,6 +64,7 @@ class Cluster:
         self.api, self.cache, self.namespaces = api, cache, tuple(namespaces)
         self._views = _Views()
         self._foreign: tuple[PodView, ...] = ()
+        self._autoscalers = NodeAutoscalers(api)
         self.monitors_served = False
 
     async def list_all(self) -> None:
@@ -152,6 +154,17 @@ class Cluster:
         self._views.use = None
         return device_use(before) != device_use(self._foreign)
 
+    async def list_reactions(self) -> set[Key]:
+        """Hear node autoscalers on pods without a node; the keys that it is news for."""
+        views = (self._pod(body) for body in self.cache.all(PODS.plural))
+        return await self._autoscalers.listen(
+            {
+                view.uid: (view.namespace, view.labels[LABEL_DEPLOYMENT])
+                for view in views
+                if view.node is None and view.reason == "Unschedulable" and not view.terminating
+            }
+        )
+
     def _watches(self, view: PodView) -> bool:
         mine = not self.namespaces or view.namespace in self.namespaces
         return mine and LABEL_DEPLOYMENT in view.labels
@@ -222,6 +235,7 @@ class Cluster:
             stats=stats,
             children=self._children(deployment),
             history=history,
+            reactions={p.uid: r for p in pods if (r := self._autoscalers.heard.get(p.uid))},
             monitors_served=self.monitors_served,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tilefleet_operator.capacity import Shortage
 from tilefleet_operator.failures import Failure, failure
 from tilefleet_operator.fleet import Fleet
 from tilefleet_operator.hardware import is_sick
@@ -38,7 +39,7 @@ class Facts:
     now: seconds since the epoch. wanted: replicas that ought to exist. needed: replicas that load
     asks for, before limits. fit: judgement of the AMD nodes, None on vendor cpu. progress: of the
     rollout. conflict: why the Service cannot be written. newer_image: the operator's default where
-    the replicas run an earlier one; else empty.
+    the replicas run an earlier one; else empty. shortage: replicas without a node.
     """
 
     snapshot: Snapshot
@@ -50,6 +51,7 @@ class Facts:
     progress: Progress
     conflict: str = ""
     newer_image: str = ""
+    shortage: Shortage | None = None
 
 
 def conditions(facts: Facts) -> list[Condition]:
@@ -163,13 +165,8 @@ def _matched(fit: Fit) -> Condition:
 
 def _capacity_limited(facts: Facts) -> Condition:
     kind = "CapacityLimited"
-    fit, wanted = facts.fit, facts.wanted
-    if fit is not None and len(facts.fleet.ready) < wanted and fit.replicas < wanted:
-        return Condition(kind, "True", "InsufficientGPU", fit.arithmetic(wanted))
-    for pod in facts.fleet.active:
-        if pod.node is None and pod.reason == "Unschedulable":
-            message = f"pod {pod.name}: {pod.message}"
-            return Condition(kind, "True", "InsufficientResources", message)
+    if facts.shortage is not None:
+        return Condition(kind, "True", facts.shortage.reason, facts.shortage.message)
     autoscaling = facts.snapshot.deployment.spec.autoscaling
     if autoscaling.mode == "Auto" and facts.needed > autoscaling.max_replicas:
         message = f"load needs more than maxReplicas {autoscaling.max_replicas}"

@@ -30,6 +30,7 @@ from tilefleet_operator.options import Placement, node_affinity
 from tilefleet_operator.placement import unseen
 from tilefleet_operator.units import quantity, seconds
 
+DO_NOT_DISRUPT = "karpenter.sh/do-not-disrupt"
 API_PORT, ADMIN_PORT = 8000, 8001
 MODELS_PATH, CACHE_PATH = "/models", "/var/lib/tilefleet"
 USER_ID = 65532
@@ -126,11 +127,7 @@ def pod(
     if affinity:
         body["affinity"] = {"nodeAffinity": affinity}
     marks = serving_labels(deployment) | child_labels(deployment) | {LABEL_REVISION: revision}
-    # A node autoscaler must not move a replica: only the operator drains before it deletes.
-    annotations = {
-        "karpenter.sh/do-not-disrupt": "true",
-        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
-    }
+    annotations = protection(spec.capacity.protect_startup or spec.capacity.protect_serving)
     if heir.attempt:
         annotations[ANNOTATION_ATTEMPT] = str(heir.attempt)
     if heir.avoid:
@@ -144,6 +141,17 @@ def pod(
         "kind": "Pod",
         "metadata": child_metadata(deployment, name, marks, annotations),
         "spec": body,
+    }
+
+
+def protection(protected: bool) -> dict[str, str]:
+    """What node autoscalers read: whether they may move a pod.
+
+    Movable is said, too: Cluster Autoscaler spares pods that no controller of its list owns.
+    """
+    return {
+        DO_NOT_DISRUPT: str(protected).lower(),
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": str(not protected).lower(),
     }
 
 

@@ -5,11 +5,12 @@ Joins the fleet's pods with placement.py, which knows no pods. Does not know why
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tilefleet_operator import placement
 from tilefleet_operator.actions import Delete
+from tilefleet_operator.capacity import ARRIVAL_SECONDS
 from tilefleet_operator.fleet import Fleet
 from tilefleet_operator.moves import Moves
 from tilefleet_operator.observed import (
@@ -21,6 +22,10 @@ from tilefleet_operator.observed import (
 )
 from tilefleet_operator.options import Placement
 from tilefleet_operator.placement import Fit, Waiting
+from tilefleet_operator.reactions import Reaction
+
+# How long a replica waits for a node of one choice, where no autoscaler promises any.
+FALLBACK_SECONDS = 60.0
 
 
 def judged(snapshot: Snapshot, pods: Fleet) -> Fit | None:
@@ -46,30 +51,57 @@ def places(snapshot: Snapshot, pods: Fleet) -> int:
     return max(0, free - sum(pod.node is None for pod in pods.active))
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """Deletes of waiting pods that are made anew, and a place for each new replica: first those
+    of the moves, then one for each delete. None: any node.
+    """  # fmt: skip
+
+    deletes: tuple[Delete, ...]
+    places: tuple[Placement | None, ...]
+
+
 def assigned(
-    snapshot: Snapshot, pods: Fleet, fit: Fit | None, step: Moves
-) -> tuple[list[Delete], Sequence[Placement | None]]:
-    """Waiting pods to make anew for other devices, and the placement of each new pod.
+    snapshot: Snapshot, pods: Fleet, fit: Fit | None, step: Moves, now: float
+) -> Assignment:
+    """Devices for the new replicas of a step, and for those that wait in vain.
 
     step: the moves of this plan; what it removes is left alone here.
     """
     if fit is None:
-        return [], [None] * len(step.additions)
+        return Assignment((), (None,) * len(step.additions))
     leaving = {removal.pod.uid for removal in step.removals}
-    by_uid = {pod.uid: pod for pod in pods.new if pod.uid not in leaving and _waits(pod)}
-    waiting = [
+    waiting = {pod.uid: pod for pod in pods.new if pod.uid not in leaving and _waits(pod)}
+    demands = [
         Waiting(
             pod.uid,
             pod.annotations.get(ANNOTATION_PLACEMENT, ""),
             pod.annotations.get(ANNOTATION_ACCELERATOR, "what it asks for"),
+            given_up(pod, snapshot.reactions.get(pod.uid), now) <= 0,
         )
-        for pod in by_uid.values()
+        for pod in waiting.values()
     ]
     packing = snapshot.deployment.spec.accelerator.packing
     free = fit.within(snapshot.device_use)
-    moved, found = placement.assign(free, waiting, len(step.additions), packing)
-    deletes = [Delete(by_uid[u].name, by_uid[u].namespace, u, why) for u, why in moved.items()]
-    return deletes, found
+    moves, places = placement.assign(free, demands, len(step.additions), packing)
+    deletes = (Delete(waiting[m.uid].name, waiting[m.uid].namespace, m.uid, m.why) for m in moves)
+    return Assignment(tuple(deletes), (*places, *(move.placement for move in moves)))
+
+
+def next_choice_wait(snapshot: Snapshot, pods: Fleet, now: float) -> float | None:
+    """Seconds until a waiting pod may be made anew for a fallback; None without any."""
+    if not snapshot.deployment.spec.accelerator.fallbacks:
+        return None
+    waits = (given_up(pod, snapshot.reactions.get(pod.uid), now) for pod in pods.new if _waits(pod))
+    return min((wait for wait in waits if wait > 0), default=None)
+
+
+def given_up(pod: PodView, reaction: Reaction | None, now: float) -> float:
+    """Seconds until a waiting pod may try its next choice; 0 or less when it may now."""
+    since = pod.created + FALLBACK_SECONDS
+    if reaction is not None and reaction.coming:
+        since = max(since, reaction.time + ARRIVAL_SECONDS)
+    return since - now
 
 
 def _waits(pod: PodView) -> bool:

@@ -114,7 +114,8 @@ class Executor:
                 await self.post_drain(action.ip, action.port, action.timeout_seconds)
         else:
             resource = BY_KIND[action.kind]
-            await self._refuse_foreign(key, resource, action)
+            if "uid" not in action.body["metadata"]:
+                await self._refuse_foreign(key, resource, action)
             await self._apply(key, resource, action.body, action.field_manager)
 
     async def _refuse_foreign(self, key: Key, resource: Resource, action: Apply) -> None:

@@ -19,8 +19,8 @@ RESOURCE_PATTERN = re.compile(r"^amd\.com/(gpu|(spx|dpx|tpx|qpx|cpx)_nps[1248])$
 DEVICE_ID_KEY = "amd.com/gpu.device-id"
 BETA_DEVICE_ID_KEY = "beta.amd.com/gpu.device-id"
 _HEALTH_LABEL = re.compile(r"^metricsexporter\.amd\.com\.gpu\.([^.]+)\.state$")
-DCM_STATE_KEY = "dcm.amd.com/gpu-config-profile-state"
-GPU_MODE_KEY = "amd.com/gpu.mode"
+_DCM_STATE = "dcm.amd.com/gpu-config-profile-state"
+_GPU_MODE = "amd.com/gpu.mode"
 _CANDIDATE_LABELS = ("feature.node.kubernetes.io/amd-gpu", "feature.node.kubernetes.io/amd-vgpu")
 # Set by remediation, and by the admin before a repartitioning (gpu-operator).
 _REPAIR_TAINTS = ("amd-dcm", "amd-gpu-unhealthy")
@@ -137,10 +137,10 @@ def unhealthy(node: NodeView) -> str:
     for name, status in sorted(node.conditions.items()):
         if name.startswith("AMDGPU") and status == "True":
             return f"condition {name}"
-    state = node.labels.get(DCM_STATE_KEY, "success")
+    state = node.labels.get(_DCM_STATE, "success")
     if state != "success":
         return f"partitioning {state}"
-    mode = node.labels.get(GPU_MODE_KEY, "container")
+    mode = node.labels.get(_GPU_MODE, "container")
     if mode != "container":
         return f"mode {mode}"
     # Also where a replica tolerates every taint: nobody may work on a node in repair.

@@ -40,7 +40,7 @@ def judge(
 ) -> Judgement:
     """Whether a node will do, whatever is in use on it. resource: the only name, empty for any."""
     known = unusable(node, accelerator)
-    hidden = unhealthy(node) or _other_model(node, choice)
+    hidden = unhealthy(node) or other_model(node, choice)
     fitting = tuple(o for o in offers(node) if not _unfit(node, o, choice, resource))
     if hidden or fitting:
         return Judgement(node, fitting, known or hidden, bool(hidden))
@@ -48,7 +48,8 @@ def judge(
     return Judgement(node, (), known or why, True, is_partition and not known)
 
 
-def _other_model(node: NodeView, choice: Fallback) -> str:
+def other_model(node: NodeView, choice: Fallback) -> str:
+    """Why the models on a node are not those of a choice; empty when they are."""
     wanted, found = set(wanted_ids(choice)), device_ids(node)
     if not wanted or (found and wanted.issuperset(found)):
         return ""

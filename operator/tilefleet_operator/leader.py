@@ -54,6 +54,8 @@ class LeaderTiming:
     the queue hands out 500 keys a second."""
     blind_seconds: float = 600.0
     """No watch event and no list of a resource for so long: two full lists were missed."""
+    reaction_seconds: float = 5.0
+    """Pause between looks at what node autoscalers say; only while pods have no node."""
     stop_seconds: float = 3.0
     """How long a stopping leader lets running reconciles finish."""
 
@@ -105,6 +107,7 @@ class Leader:
             asyncio.create_task(self._resync(kopf_ready, on_signal), name="resync"),
             asyncio.create_task(self.poller.run(), name="poller"),
             asyncio.create_task(self._watch_foreign(), name="foreign devices"),
+            asyncio.create_task(self._watch_reactions(), name="node autoscalers"),
             asyncio.create_task(self._watch_monitors(), name="pod monitors"),
         ]
         tasks.append(asyncio.create_task(self._kopf(kopf_ready), name="kopf"))
@@ -230,3 +233,12 @@ class Leader:
             for key in self.cache.deployment_keys() if changed else ():
                 self.queue.add(key)
             await asyncio.sleep(self.timing.monitor_seconds)
+
+    async def _watch_reactions(self) -> None:
+        while True:
+            await asyncio.sleep(self.timing.reaction_seconds)
+            try:
+                for key in sorted(await self.cluster.list_reactions()):
+                    self.queue.add(key)
+            except ApiError as error:
+                logger.warning("what node autoscalers say is unknown: %s", error)

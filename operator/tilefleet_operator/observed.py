@@ -32,6 +32,7 @@ from tilefleet_operator.pods import (
     pod_view,
 )
 from tilefleet_operator.polls import Frame, History
+from tilefleet_operator.reactions import Reaction
 from tilefleet_operator.stats import (
     Counters,
     Gauges,
@@ -85,6 +86,7 @@ class Snapshot:
     device_use: node name → resource name → devices asked for by non-terminal pods of the whole
     cluster. stats: pod UID → answer or its absence. children: (kind, name) → object last seen.
     monitors_served: whether the cluster has PodMonitors.
+    reactions: pod UID → what a node autoscaler said last.
     """
 
     deployment: InferenceDeployment
@@ -95,6 +97,7 @@ class Snapshot:
     children: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     history: History = field(default_factory=History)
     monitors_served: bool = False
+    reactions: Mapping[str, Reaction] = field(default_factory=dict)
 
 
 def device_use(pods: tuple[PodView, ...]) -> dict[str, dict[str, float]]:

@@ -92,7 +92,9 @@ def node_affinity(placement: Placement | None, avoid: Sequence[str]) -> dict[str
         preferred.append({"weight": 100, "preference": {"matchFields": names}})
     if placement is not None:
         terms = [dict(term) for term in placement.option.terms]
-        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": terms}
+        if terms:
+            required = {"nodeSelectorTerms": terms}
+            affinity["requiredDuringSchedulingIgnoredDuringExecution"] = required
         if placement.host:
             host = {"key": HOSTNAME_KEY, "operator": "In", "values": [placement.host]}
             preferred.append({"weight": 100, "preference": {"matchExpressions": [host]}})

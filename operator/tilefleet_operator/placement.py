@@ -77,11 +77,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A pod that the scheduler found no node for. key, title: of the option it was made for."""
+    """A pod that the scheduler found no node for.
+
+    key, title: of the option it was made for. given_up: it waited long enough, and nobody brings a
+    node for it.
+    """
 
     uid: str
     key: str
     title: str
+    given_up: bool = False
 
 
 class _Space:
@@ -104,34 +109,60 @@ class _Space:
         self.free[node.name, option.resource] -= option.count
         return node
 
+    def first(self, options: Iterable[Option], packing: str) -> tuple[Placement, NodeFit] | None:
+        """A place for one replica by the first option with room, and its node; None without."""
+        for option in options:
+            if node := self.take(option):
+                return Placement(option, node.host if packing == "Pack" else ""), node
+        return None
+
+
+@dataclass(frozen=True)
+class Move:
+    """A waiting pod to be made anew, for other devices."""
+
+    uid: str
+    why: str
+    placement: Placement
+
 
 def assign(
     fit: Fit, waiting: Sequence[Waiting], count: int, packing: str
-) -> tuple[dict[str, str], list[Placement]]:
-    """UIDs of waiting pods that must be made anew for another option, with the reason of each,
-    and the placements of `count` new replicas.
+) -> tuple[list[Move], list[Placement]]:
+    """Waiting pods that must be made anew for other devices, and places for `count` new replicas.
 
     A pod's demands cannot change, so one that waits for an option without room is replaced when
-    another option has room. New replicas without room anywhere wait for the first option.
-    """  # fmt: skip
-    space, moved = _Space(fit), {}
+    another option has room, or by the next choice when nobody brings a node for its own. New
+    replicas without room anywhere wait for the first option.
+    """
+    space, moves = _Space(fit), []
     for pod in waiting:
         own = next((option for option in fit.options if option.key == pod.key), None)
         if own is not None and space.take(own):
             continue
-        for option in fit.options:
-            if node := space.take(option):
-                moved[pod.uid] = (
-                    f"{pod.title} finds no node; {option.title} has room on {node.name}"
-                )
-                break
+        found = space.first(fit.options, packing)
+        if found is not None:
+            place, node = found
+            why = f"{pod.title} finds no node; {place.option.title} has room on {node.name}"
+            moves.append(Move(pod.uid, why, place))
+        elif pod.given_up and (other := _next_choice(fit, pod)):
+            why = f"nobody brings a node for {pod.title}; {other.option.title} is tried next"
+            moves.append(Move(pod.uid, why, other))
     placements = []
     for _ in range(count):
-        taken = ((option, space.take(option)) for option in fit.options)
-        option, node = next((pair for pair in taken if pair[1]), (fit.options[0], None))
-        host = node.host if node is not None and packing == "Pack" else ""
-        placements.append(Placement(option, host))
-    return moved, placements
+        found = space.first(fit.options, packing)
+        placements.append(found[0] if found is not None else Placement(fit.options[0]))
+    return moves, placements
+
+
+def _next_choice(fit: Fit, pod: Waiting) -> Placement | None:
+    """The first option of the choice after the pod's own, around; None with a single choice."""
+    mine = (o.number for o in fit.options if pod.key == o.key or pod.title == o.title)
+    count = fit.options[-1].number + 1
+    wanted = (next(mine, 0) + 1) % count
+    if count == 1:
+        return None
+    return Placement(next(option for option in fit.options if option.number == wanted))
 
 
 def fit(accelerator: AcceleratorSpec, nodes: Iterable[NodeView], used: Use) -> Fit:

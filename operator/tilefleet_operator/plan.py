@@ -17,6 +17,7 @@ from tilefleet_operator import desired, devices, history, status
 from tilefleet_operator.actions import Action, Apply, Delete, Drain, Plan
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.autoscale import STALE_SECONDS, Decision, Policy, decide
+from tilefleet_operator.capacity import shortage
 from tilefleet_operator.children import children, names
 from tilefleet_operator.conditions import Facts, conditions, unknown
 from tilefleet_operator.desired import Defaults
@@ -26,6 +27,7 @@ from tilefleet_operator.moves import Moves, Room, moves
 from tilefleet_operator.observed import Snapshot
 from tilefleet_operator.options import Placement
 from tilefleet_operator.polls import CALM_POLL_SECONDS
+from tilefleet_operator.protection import protections
 from tilefleet_operator.rollout import progress
 from tilefleet_operator.transitions import transitions
 from tilefleet_operator.units import seconds
@@ -55,6 +57,7 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     wanted = children(deployment, decision.desired, defaults, snapshot.monitors_served)
     taken = conflicts(snapshot, wanted)
     actions: list[Action] = []
+    created = 0
     measured = deployment.spec.autoscaling.mode == "Auto" and bool(pods.ready)
     rolled = progress(deployment, pods, decision.desired, now)
     waits = [decision.wait_seconds, MEASURE_SECONDS if measured else None, rolled.wait_seconds]
@@ -63,17 +66,24 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
         step = moves(pods, decision.desired, snapshot, now, room)
         drained = list(finish(snapshot, pods, now))
         removals = list(leave(deployment, step.removals, now))
-        moved, places = devices.assigned(snapshot, pods, fit, step)
+        given = devices.assigned(snapshot, pods, fit, step, now)
+        waits.append(devices.next_choice_wait(snapshot, pods, now))
         # Never under the ServiceAccount of somebody else.
         safe = "ServiceAccount" not in taken
-        adding = list(_adding(deployment, pods, step, places, used)) if safe else []
+        adding = list(_adding(deployment, pods, step, given.places, used)) if safe else []
         in_use = {pod.revision for pod in snapshot.pods} | {rolled.current}
         recording = history.record(deployment, revision, known, in_use)
+        created = len(adding)
         repairs = upkeep(snapshot, wanted, names(deployment))
-        actions = _ordered([*drained, *removals, *moved, *recording, *adding, *repairs])
+        leaving = {removal.pod.uid for removal in step.removals}
+        marks = [m for m in protections(snapshot, pods) if m.body["metadata"]["uid"] not in leaving]
+        acts = [*drained, *removals, *given.deletes, *recording, *adding, *marks, *repairs]
+        actions = _ordered(acts)
         draining = bool(pods.draining) or any(isinstance(a, Drain) for a in actions)
         waits += [step.wait_seconds, DRAIN_POLL_SECONDS if draining else None]
     waits.append(CONFLICT_RETRY_SECONDS if taken else None)
+    short = shortage(snapshot, pods, decision.desired, fit, created, now)
+    waits.append(short.wait_seconds if short is not None else None)
     default = desired.image(deployment, defaults)
     facts = Facts(
         snapshot,
@@ -85,6 +95,7 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
         rolled,
         "; ".join(taken.values()),
         default if default != desired.image(deployment, used) else "",
+        short,
     )
     report = _report(facts, decision)
     new = status.build(report, deployment.status, now)
@@ -150,9 +161,10 @@ def _adding(
         for slot in itertools.count()
         if desired.pod_name(deployment, slot, pods.revision) not in pods.names
     )
-    for heir, place, slot in zip(step.additions, places, slots, strict=False):
+    heirs = itertools.chain(step.additions, itertools.repeat(None))
+    for heir, place, slot in zip(heirs, places, slots, strict=False):
         body = desired.pod(deployment, slot, pods.revision, defaults, heir, place)
-        yield Apply(body, step.why_add)
+        yield Apply(body, step.why_add if heir is not None else "made anew for other devices")
 
 
 def _ordered(actions: Sequence[Action]) -> list[Action]:

@@ -35,7 +35,6 @@ PRODUCTS: Mapping[str, Product] = {
     "MI350X": Product(("75a0", "75b0"), 288, 8),
     "MI355X": Product(("75a3", "75b3"), 288, 8),
 }
-KNOWN_IDS = tuple(sorted(i for product in PRODUCTS.values() for i in product.device_ids))
 # Modes of the GPUs that split it into a fixed number of partitions; CPX is one for each die.
 _PARTITIONS = {"SPX": 1, "DPX": 2, "TPX": 3, "QPX": 4}
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilefleet_operator import placement
+from tilefleet_operator.capacity import PATIENCE_SECONDS
 from tilefleet_operator.desired import Defaults
 from tilefleet_operator.observed import (
     ANNOTATION_PLACEMENT,
@@ -80,7 +81,7 @@ def trace(
         after = advance(world, step, start_seconds=start_seconds, drain_seconds=drain_seconds)
         pods = world.snapshot.pods
         still = step.actions == () and step.status is None and after.snapshot.pods == pods
-        if still and not _moving(pods):
+        if still and not _moving(pods, world.now):
             later = _when_it_acts(world, step, defaults)
             if later is None:
                 break
@@ -102,10 +103,13 @@ def _when_it_acts(world: World, step: Plan, defaults: Defaults) -> float | None:
     return None
 
 
-def _moving(pods: tuple[PodView, ...]) -> bool:
-    """True while time alone will change a pod."""
+def _moving(pods: tuple[PodView, ...], now: float) -> bool:
+    """True while time alone will change a pod, or what is said of it."""
     return any(
-        pod.state == DRAINING or pod.finished or (pod.node is not None and not pod.ready)
+        pod.state == DRAINING
+        or pod.finished
+        or (pod.node is not None and not pod.ready)
+        or (pod.node is None and now <= pod.created + PATIENCE_SECONDS)
         for pod in pods
     )
 
@@ -153,6 +157,10 @@ def _act(
         pod = pods[action.uid]
         labels = {**pod.labels, **action.body["metadata"]["labels"]}
         pods[action.uid] = replace(pod, labels=labels, state=DRAINING, drain_started=now)
+    elif "uid" in action.body["metadata"]:
+        pod = pods[action.body["metadata"]["uid"]]
+        notes = {**pod.annotations, **action.body["metadata"]["annotations"]}
+        pods[pod.uid] = replace(pod, annotations=notes)
     elif action.kind == "Pod":
         uid = f"uid-{action.name}"
         metadata = {**action.body["metadata"], "uid": uid, "creationTimestamp": rfc3339(now)}

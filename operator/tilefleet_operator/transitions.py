@@ -18,18 +18,33 @@ def transitions(
         why = new["decisions"][-1]["reason"]
         reason = "ScaledUp" if after > before else "ScaledDown"
         yield "Normal", reason, f"from {before} to {after} replicas: {why}"
-    known = {c["type"]: c["status"] for c in previous.get("conditions") or []}
+    known = {c["type"]: c for c in previous.get("conditions") or []}
     for condition in new["conditions"]:
         kind, value = condition["type"], condition["status"]
-        if known.get(kind) == value:
+        seen = known.get(kind) or {}
+        if kind == "CapacityLimited":
+            yield from _capacity_event(seen, condition)
+        if seen.get("status") == value:
             continue
         if kind == "Progressing":
             yield from _rollout_event(previous, condition)
-        if kind in ("CapacityLimited", "Degraded") and value == "True":
-            reason = kind if kind == "CapacityLimited" else condition["reason"]
-            yield "Warning", reason, condition["message"]
+        if kind == "Degraded" and value == "True":
+            yield "Warning", condition["reason"], condition["message"]
         if kind == "AcceleratorMatched" and value == "False":
             yield "Warning", condition["reason"], condition["message"]
+
+
+def _capacity_event(
+    seen: Mapping[str, Any], condition: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """The event of a shortage that began or changed its nature; waiting for a node is normal."""
+    reason, message = condition["reason"], condition["message"]
+    if condition["status"] != "True" or seen.get("reason") == reason:
+        return
+    if reason == "WaitingForNode":
+        yield "Normal", reason, message
+    else:
+        yield "Warning", "CapacityLimited", message
 
 
 def _rollout_event(

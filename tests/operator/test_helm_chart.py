@@ -196,7 +196,7 @@ def test_granted_verbs_are_exactly_these() -> None:
         "poddisruptionbudgets": read | {"create", "patch"},
         "networkpolicies": read | {"create", "patch", "delete"},
         "podmonitors": {"get", "list", "create", "patch", "delete"},
-        "events": {"create"},
+        "events": {"create", "list"},
         "leases": {"create", "get", "update"},
     }
 

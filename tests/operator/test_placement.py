@@ -1,6 +1,7 @@
 """Placement: what the plan says fits is what the scheduler places, over all kinds of AMD nodes."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,21 +169,38 @@ def test_waiting_pod_is_made_anew_for_the_option_with_room() -> None:
     before = fit(wanted, [], {}).options[0]
     waiting = [Waiting("u1", before.key, before.title), Waiting("u2", before.key, before.title)]
     moved, _ = assign(fit(wanted, [one("mi210")], {}), waiting, 0, "Pack")
-    assert moved == {
-        "u1": "MI300X × 8 amd.com/gpu finds no node; MI210 × 8 amd.com/gpu has room on n1"
-    }
+    assert [(m.uid, m.why, m.placement.option.number) for m in moved] == [
+        ("u1", "MI300X × 8 amd.com/gpu finds no node; MI210 × 8 amd.com/gpu has room on n1", 1)
+    ]
     moved, _ = assign(fit(wanted, [one("spx8")], {}), waiting, 0, "Pack")
-    assert moved == {}, "the scheduler will find the node"
+    assert moved == [], "the scheduler will find the node"
 
 
 def test_waiting_pod_learns_the_resource_name_of_the_first_node() -> None:
     before = fit(spec(), [], {}).options[0]
     assert before.resource == "amd.com/gpu"
-    moved, _ = assign(
-        fit(spec(), [one("cpx64")], {}), [Waiting("u", before.key, before.title)], 1, "Pack"
+    waiting = [Waiting("u", before.key, before.title)]
+    (moved,), _ = assign(fit(spec(), [one("cpx64")], {}), waiting, 1, "Pack")
+    assert moved.why == (
+        "MI300X × 1 amd.com/gpu finds no node; MI300X × 1 amd.com/cpx_nps4 has room on n1"
     )
-    assert moved == {"u": "MI300X × 1 amd.com/gpu finds no node;"
-                          " MI300X × 1 amd.com/cpx_nps4 has room on n1"}  # fmt: skip
+
+
+def test_choices_are_tried_in_turn_where_nobody_brings_a_node() -> None:
+    wanted = spec(count=8, fallbacks=[{"products": ["MI325X"]}, {"products": ["MI355X"]}])
+    found = fit(wanted, [], {})
+    tried = []
+    option = found.options[0]
+    for _ in range(4):
+        patient = [Waiting("u", option.key, option.title)]
+        assert assign(found, patient, 0, "Pack") == ([], [])
+        (move,), _ = assign(found, [replace(patient[0], given_up=True)], 0, "Pack")
+        option = move.placement.option
+        tried.append(option.title)
+    assert tried == [f"{m} × 8 amd.com/gpu" for m in ("MI325X", "MI355X", "MI300X", "MI325X")]
+    alone = fit(spec(count=8), [], {})
+    stuck = Waiting("u", alone.options[0].key, "", given_up=True)
+    assert assign(alone, [stuck], 0, "Pack") == ([], [])
 
 
 def test_resource_of_absent_nodes_follows_the_strategy_of_those_that_are_there() -> None:

@@ -12,7 +12,7 @@ from tilefleet_operator.cluster import Cluster
 from tilefleet_operator.errors import ApiError, LeaseLost, NotFound, TooManyRequests
 from tilefleet_operator.executor import Owner
 from tilefleet_operator.metrics import WorkerPoller
-from tilefleet_operator.observed import node_view
+from tilefleet_operator.observed import History, node_view
 from tilefleet_operator.plan import Apply, Plan
 from tilefleet_operator.reconcile import Reconciler, work
 from tilefleet_operator.resources import Resource
@@ -261,3 +261,36 @@ async def test_a_lost_lease_ends_the_worker(harness: Harness) -> None:
     task = await run_worker(harness, queue, 2)
     with pytest.raises(LeaseLost):
         await task
+
+
+async def test_node_autoscalers_are_heard_only_while_pods_have_no_node(harness: Harness) -> None:
+    harness.see_fleet()
+    placed = pod("llm-0")
+    placed["spec"] = {"nodeName": "n1"}
+    harness.see("pods", placed)
+    assert await harness.cluster.list_reactions() == set()
+    assert harness.api.calls == []
+    waits = pod("llm-1")
+    scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+    waits["status"] = {"conditions": [scheduled]}
+    harness.see("pods", waits)
+    harness.api.objects["events"] = [
+        {
+            "involvedObject": {"uid": uid},
+            "reason": "Nominated",
+            "message": "nodeclaim/a",
+            "source": {"component": "karpenter"},
+            "lastTimestamp": "2026-11-24T11:10:19Z",
+        }
+        for uid in ("uid-llm-1", "uid-of-another")
+    ]
+    assert await harness.cluster.list_reactions() == {KEY}
+    assert all("events team" in call for call in harness.api.calls)
+    assert len(harness.api.calls) == 4
+    assert await harness.cluster.list_reactions() == set(), "nothing new"
+    deployment = harness.cluster.deployment(KEY)
+    assert deployment is not None
+    snapshot = harness.cluster.gather(deployment, {}, History())
+    assert [str(r) for r in snapshot.reactions.values()] == ["karpenter: nodeclaim/a"]
+    harness.api.objects["events"] = []
+    assert await harness.cluster.list_reactions() == {KEY}, "the Event is gone"

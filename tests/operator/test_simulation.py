@@ -21,7 +21,7 @@ def test_third_gpu_replica_stays_pending_and_is_explained() -> None:
     assert placed == ["None", "n0", "n1"]
     status = last.snapshot.deployment.status
     limited = next(c for c in status["conditions"] if c["type"] == "CapacityLimited")
-    assert limited["message"].endswith("= 16; short of 8")
+    assert limited["message"].endswith("= 16; short of 8; no node autoscaler reacts")
     assert (status["readyReplicas"], status["pendingReplicas"]) == (2, 1)
 
 

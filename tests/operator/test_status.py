@@ -170,7 +170,7 @@ def test_third_replica_that_does_not_fit_says_why_on_the_object() -> None:
     assert (limited["status"], limited["reason"]) == ("True", "InsufficientGPU")
     assert limited["message"] == (
         "3 replicas × 8 amd.com/gpu = 24 wanted; matching nodes n0 (8 free of 8), n1 (8 free of 8)"
-        " = 16; short of 8"
+        " = 16; short of 8; no node autoscaler reacts"
     )
     events = plan(found, DEFAULTS, NOW).events
     assert ("Warning", "CapacityLimited", limited["message"]) in events

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from kit import binaries, health, init, layout, lifecycle, nodes, target
+from kit import binaries, health, init, karpenter, layout, lifecycle, nodes, target
 from kit.errors import KitError
 from kit.layout import Layout
+from kit.processes import run as run_command
 from kit.progress import Progress
 
 EPILOG = """\
@@ -35,7 +36,12 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "env", help="print shell exports: KUBECONFIG, PATH, REGISTRY, AUDIT_LOG ..."
     )
-    commands.add_parser("binaries", help="only build and unpack the programs")
+    programs = commands.add_parser("binaries", help="only build and unpack the programs")
+    programs.add_argument("--karpenter", action="store_true", help="also Karpenter")
+    autoscaler = commands.add_parser(
+        "karpenter", help="run Karpenter with its kwok provider in the cluster, until interrupted"
+    )
+    autoscaler.add_argument("instance_types", type=Path, metavar="INSTANCE_TYPES.json")
     run = commands.add_parser("exec", help="run a command inside: exec -- kubectl get pods -A")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CMD")
     add = commands.add_parser("add-fake-nodes", help="add nodes with eight fake MI300X each")
@@ -73,11 +79,13 @@ def _dispatch(options: argparse.Namespace, place: Layout, progress: Progress) ->
     if options.command == "binaries":
         for name, program in binaries.ensure(place, progress).items():
             print(f"{name}\t{program}")
+        if options.karpenter:
+            print(f"{karpenter.BINARY.name}\t{karpenter.ensure(place, progress)}")
         return 0
     chosen = target.choose(os.environ, options.external, place)
     if options.command in ("up", "down", "status"):
         return _life(options.command, chosen, place, progress)
-    return _use(options, chosen, place)
+    return _use(options, chosen, place, progress)
 
 
 def _life(command: str, chosen: target.Target, place: Layout, progress: Progress) -> int:
@@ -102,7 +110,9 @@ def _life(command: str, chosen: target.Target, place: Layout, progress: Progress
     return 0
 
 
-def _use(options: argparse.Namespace, chosen: target.Target, place: Layout) -> int:
+def _use(
+    options: argparse.Namespace, chosen: target.Target, place: Layout, progress: Progress
+) -> int:
     if options.command == "add-fake-nodes" and options.print:
         print(nodes.manifests(options.count))
         return 0
@@ -126,11 +136,29 @@ def _use(options: argparse.Namespace, chosen: target.Target, place: Layout) -> i
             "output of `add-fake-nodes N --print`"
         )
     prefix = target.command_in(chosen, place, [])
+    if options.command == "karpenter":
+        _run_karpenter(options.instance_types, prefix, environment, place, progress)
     if options.command == "add-fake-nodes":
         nodes.add(options.count, prefix, environment)
     else:
         nodes.remove(prefix, environment)
     return 0
+
+
+def _run_karpenter(
+    instance_types: Path,
+    prefix: list[str],
+    environment: dict[str, str],
+    place: Layout,
+    progress: Progress,
+) -> None:
+    """Become Karpenter. Raises KitError."""
+    if not instance_types.is_file():
+        raise KitError(f"{instance_types} is no file: give the instance types as JSON")
+    folder = karpenter.ensure(place, progress)
+    run_command([*prefix, "kubectl", "apply", "-f", folder / "crds"], environment)
+    arguments = [*prefix, *karpenter.command(folder)]
+    os.execvpe(arguments[0], arguments, {**environment, **karpenter.environment(instance_types)})
 
 
 def _positive(text: str) -> int:

@@ -95,7 +95,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, list, create, patch, delete]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create]
+  # list: what node autoscalers say of pods without a node.
+  verbs: [create, list]
 {{- end -}}
 
 {{/* The test's objects are not the operator's: its selectors must not find them. */}}
