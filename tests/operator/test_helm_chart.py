@@ -319,6 +319,8 @@ WRONG_VALUES: list[tuple[Values, str]] = [
     ({"networkPolicy": {"apiServerPorts": [70000]}}, "/networkPolicy/apiServerPorts/0"),
     ({"networkPolicy": {"on": True}}, "on"),
     ({"metrics": {"podMonitor": {"enabled": "maybe"}}}, "/metrics/podMonitor/enabled"),
+    ({"metrics": {"prometheusRule": {"ttftSeconds": 0}}}, "/metrics/prometheusRule/ttftSeconds"),
+    ({"metrics": {"dashboards": {"enabled": "auto"}}}, "/metrics/dashboards/enabled"),
     ({"metrics": {"serviceMonitor": {}}}, "serviceMonitor"),
     ({"resources": {"request": {}}}, "request"),
     ({"resources": {"limits": {"memory": "much"}}}, "/resources/limits/memory"),

@@ -99,6 +99,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [create, list]
 {{- end -}}
 
+{{/* Not empty when (dict "enabled" auto|true|false "root" $) asks for an object of the Prometheus operator. */}}
+{{- define "tilefleet.monitored" -}}
+{{- $enabled := toString .enabled -}}
+{{- if or (eq $enabled "true") (and (eq $enabled "auto") (.root.Capabilities.APIVersions.Has "monitoring.coreos.com/v1")) -}}
+true
+{{- end -}}
+{{- end -}}
+
 {{/* The test's objects are not the operator's: its selectors must not find them. */}}
 {{- define "tilefleet.testLabels" -}}
 {{ include "tilefleet.labels" . | replace "component: operator" "component: test" }}
