@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from tilefleet_worker.attention.base import AttentionSpec
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.fused_decoder import FusedLayer, FusedWeights, StepInputs
-from tilefleet_worker.fused_weights import default_table
+from tilefleet_worker.fused_weights import rope_table
 from tilefleet_worker.gpu_engine import GPULimits, build_runner
 from tilefleet_worker.gpu_runner import probe
 from tilefleet_worker.kernels import norm, rotary_store, swiglu
@@ -71,7 +72,7 @@ def random_weights(name: str, config: ModelConfig, max_positions: int) -> FusedW
 
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    table = default_table(config, max_positions, device)
+    table = rope_table(config.ropes[0], config.head_dim, max_positions, device)
     with_norm = SHAPES[name][-1]
     layers = tuple(
         FusedLayer(
@@ -79,6 +80,7 @@ def random_weights(name: str, config: ModelConfig, max_positions: int) -> FusedW
             Rotation(
                 table, 1e-6, ones(dim) if with_norm else None, ones(dim) if with_norm else None
             ),
+            AttentionSpec(dim**-0.5),
             matrix(hidden, heads * dim), None, ones(hidden), matrix(2 * inner, hidden),
             matrix(hidden, inner),
         )
@@ -207,7 +209,7 @@ def check_kernels() -> None:
     got = norm.add_rms_norm(residual, delta, weight, torch.empty_like(delta), 1e-6)
     gate_up = torch.randn(37, 2 * 2816, device=device).to(dtype)
     act = swiglu.swiglu(gate_up, torch.empty(37, 2816, dtype=dtype, device=device))
-    table = default_table(model_config("check"), 512, torch.device(device))
+    table = rope_table(model_config("check").ropes[0], 128, 512, torch.device(device))
     rotation = Rotation(table, 1e-6, weight[:128], weight[128:256])
     qkv = torch.randn(37, 24, 128, device=device).to(dtype)
     positions = torch.randint(0, 512, (37,), device=device).int()

@@ -3,10 +3,13 @@
 python fused_kernel_cases.py kernels|runner. Needs TRITON_INTERPRET=1.
 """
 
+import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from tilefleet_worker import attention, fused_weights, models
 from tilefleet_worker.block_pool import BlockPool
@@ -93,13 +96,51 @@ def generate(runner, blocks, config, budget):
     return tokens
 
 
+def windowed_model(folder):
+    """A random Mistral with a window shorter than the prompts, and yarn."""
+    config = {
+        "architectures": ["MistralForCausalLM"], "vocab_size": 96, "hidden_size": 64,
+        "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "sliding_window": 12,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128
+        },
+    }  # fmt: skip
+    torch.manual_seed(2)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(96, 64),
+        "model.norm.weight": torch.ones(64),
+    }
+    shapes = {
+        "self_attn.q_proj": (128, 64), "self_attn.k_proj": (64, 64), "self_attn.v_proj": (64, 64),
+        "self_attn.o_proj": (64, 128), "mlp.gate_proj": (80, 64), "mlp.up_proj": (80, 64),
+        "mlp.down_proj": (64, 80),
+    }  # fmt: skip
+    for layer in range(2):
+        prefix = f"model.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{name}.weight"] = torch.rand(64) + 0.5
+        for name, shape in shapes.items():
+            tensors[f"{prefix}.{name}.weight"] = torch.randn(shape) * 0.15
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+
+
 def runner():
-    """The trained tiny model: chunks, mixed steps and decodes give the cpu backend's tokens."""
+    """Chunks, mixed steps and decodes give the cpu backend's tokens, windows and yarn included."""
     torch.set_num_threads(1)
-    config = ModelConfig.from_folder(MODEL)
-    with torch.inference_mode(), Weights(MODEL) as weights:
+    compare(MODEL)
+    with tempfile.TemporaryDirectory() as folder:
+        windowed_model(Path(folder))
+        compare(Path(folder))
+
+
+def compare(folder):
+    config = ModelConfig.from_folder(folder)
+    with torch.inference_mode(), Weights(folder) as weights:
         model = models.load(config, weights, 512)
-    with torch.inference_mode(), Weights(MODEL) as weights:
+    with torch.inference_mode(), Weights(folder) as weights:
         fused = fused_weights.load(config, weights, 512, torch.float32, CPU)
     limits = GPULimits(32, 4, 512, 16, kv_cache_bytes=2**21)
     mine, cache = build_runner(config, fused, limits)
@@ -108,7 +149,7 @@ def runner():
     want = generate(plain, cache.num_blocks, config, 24)
     got = generate(mine, cache.num_blocks, config, 24)
     if got != want:
-        sys.exit(f"tokens {got}, expected {want}")
+        sys.exit(f"{config.architecture}: tokens {got}, expected {want}")
 
 
 if __name__ == "__main__":

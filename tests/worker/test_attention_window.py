@@ -9,6 +9,7 @@ import torch
 
 from tilefleet_worker import attention
 from tilefleet_worker.attention.base import AttentionBatch, AttentionRow, AttentionSpec
+from tilefleet_worker.errors import ConfigError
 
 BLOCK, BLOCKS = 16, 220
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 32
@@ -51,7 +52,7 @@ def attend(
 
     Queries, keys and values of a position are always the same: those of its slot in the cache.
     """
-    config: Any = SimpleNamespace(num_heads=HEADS, num_kv_heads=KV_HEADS)
+    config: Any = SimpleNamespace(num_heads=HEADS, num_kv_heads=KV_HEADS, attention_soft_cap=0.0)
     cache = stored.clone()
     rows, slots, places = [], [], []
     for request, start, end in spans:
@@ -115,6 +116,8 @@ def test_the_oracle_caps_scores(stored: torch.Tensor) -> None:
     torch.testing.assert_close(made[4].double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_the_cpu_backend_refuses_a_cap_instead_of_forgetting_it(stored: torch.Tensor) -> None:
-    with pytest.raises(NotImplementedError, match=r"soft cap.*backend reference"):
-        attend("cpu", stored, [(1, 39, 40)], AttentionSpec(scale=1.0, soft_cap=30.0))
+def test_the_cpu_backend_refuses_a_cap_instead_of_forgetting_it() -> None:
+    config: Any = SimpleNamespace(num_heads=2, num_kv_heads=1, attention_soft_cap=30.0)
+    with pytest.raises(ConfigError, match=r"scores are capped.*--backend reference"):
+        attention.create("cpu", config)
+    assert attention.create("reference", config).why_not() == []

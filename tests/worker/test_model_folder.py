@@ -165,9 +165,9 @@ def test_a_bad_index_is_refused(tmp_path: Path, text: str, reason: str) -> None:
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            r"GPT2LMHeadModel.*supported are Qwen3ForCausalLM",
+            r"GPT2LMHeadModel.*supported are Gemma3ForCausalLM.*Qwen3ForCausalLM",
         ),
-        ({"architectures": None}, "supported are Qwen3ForCausalLM"),
+        ({"architectures": None}, "supported are .*Qwen3ForCausalLM"),
         ({"hidden_size": "16"}, "hidden_size must be a whole number above 0, found '16'"),
         ({"vocab_size": None}, "vocab_size must be a whole number"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a whole number"),
@@ -176,13 +176,17 @@ def test_a_bad_index_is_refused(tmp_path: Path, text: str, reason: str) -> None:
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"head_dim": 7}, "head_dim is 7"),
         ({"eos_token_id": 64}, "eos_token_id is"),
-        ({"hidden_act": "gelu"}, "activations other than silu"),
-        ({"use_sliding_window": True}, "sliding-window"),
-        ({"layer_types": ["sliding_attention"]}, "mixed attention"),
-        ({"quantization_config": {"bits": 4}}, "quantized weights"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope scaling 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "rope scaling 'linear'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be one of silu, gelu_pytorch_tanh"),
+        ({"layer_types": ["full_attention"]}, "layer_types must be a list of 2 of full_attention"),
+        ({"layer_types": ["full_attention", "chunked"]}, "layer_types must be a list of 2"),
+        ({"layer_types": ["sliding_attention"] * 2}, "sliding_window must be a whole number"),
+        ({"use_sliding_window": 1}, "use_sliding_window must be true or false"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type must be one of default, linear"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor must be a number above 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, "factor must be a number above 0"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "low_freq_factor must be a number"),
         ({"rope_theta": None}, "rope_theta must be a number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
     ],
 )
 def test_a_config_that_would_be_computed_wrongly_is_refused(
@@ -203,7 +207,7 @@ def test_an_unreadable_config_is_named(tmp_path: Path, text: str | None) -> None
 
 def test_the_rotary_base_of_transformers_5_is_read(tmp_path: Path) -> None:
     nested = {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    assert ModelConfig.from_folder(write(tmp_path, nested)).rope_theta == 5e5
+    assert {rope.theta for rope in ModelConfig.from_folder(write(tmp_path, nested)).ropes} == {5e5}
 
 
 def test_end_tokens_of_the_generation_config_win(tmp_path: Path) -> None:

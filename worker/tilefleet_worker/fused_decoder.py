@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from tilefleet_worker.attention.base import AttentionSpec
 from tilefleet_worker.attention.triton.backend import PagedBatch, TritonAttention
 from tilefleet_worker.kernels.norm import add_rms_norm
 from tilefleet_worker.kernels.rotary_store import Rotation, rotary_store
@@ -26,6 +27,7 @@ class FusedLayer:
     qkv: torch.Tensor  # [(heads + 2 kv_heads) · head_dim, hidden]
     qkv_bias: torch.Tensor | None
     rotation: Rotation
+    spec: AttentionSpec
     output: torch.Tensor  # [hidden, heads · head_dim]
     output_bias: torch.Tensor | None
     mlp_norm: torch.Tensor  # [hidden]
@@ -132,7 +134,7 @@ class FusedDecoder:
             space.query[:tokens].view(shape), cache,
         )  # fmt: skip
         attended = space.attended[:tokens]
-        attention.attend(query, cache, attended.view(shape), inputs.paged)
+        attention.attend(query, cache, attended.view(shape), inputs.paged, layer.spec)
         return _linear(attended, layer.output, layer.output_bias, space.delta[:tokens])
 
     def _mlp(self, layer: FusedLayer, tokens: int) -> torch.Tensor:

@@ -1,10 +1,17 @@
 """From a checkpoint's tensors to the fused decoder's: maps joined, converted, on the device."""
 
+from functools import cache
+
 import torch
 
+from tilefleet_worker.attention.base import AttentionSpec
+from tilefleet_worker.errors import ModelError
 from tilefleet_worker.fused_decoder import FusedLayer, FusedWeights
 from tilefleet_worker.kernels.rotary_store import Rotation, rotary_table
 from tilefleet_worker.model_config import ModelConfig
+from tilefleet_worker.models.checkpoint import AttentionTensors, Checkpoint
+from tilefleet_worker.rope_config import RopeConfig
+from tilefleet_worker.rotary_frequencies import frequencies
 from tilefleet_worker.weights import Weights
 
 
@@ -15,70 +22,100 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
 ) -> FusedWeights:
-    """Take all tensors. Raises ModelError when the files do not hold exactly what is needed."""
-    source = _Source(config, weights, dtype, device)
-    embedding = source.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-    table = default_table(config, max_positions, device)
-    layers = tuple(source.layer(f"model.layers.{i}", table) for i in range(config.num_layers))
-    final_norm = source.take("model.norm.weight", config.hidden_size)
-    head = embedding
-    if config.tie_word_embeddings:
-        weights.skip("lm_head.weight")
-    else:
-        head = source.take("lm_head.weight", config.vocab_size, config.hidden_size)
+    """Take all tensors. Raises ModelError when the files do not hold exactly what is needed, and
+    when the fused decoder lacks what the family needs.
+    """
+    reasons = why_not(config)
+    if reasons:
+        raise ModelError(f"The fused decoder cannot serve this model: {'; '.join(reasons)}.")
+    source = _Source(config, Checkpoint(config, weights), max_positions, dtype, device)
+    made = source.weights()
     weights.check_all_taken()
-    return FusedWeights(embedding, layers, final_norm, head)
+    return made
 
 
-def default_table(config: ModelConfig, max_positions: int, device: torch.device) -> torch.Tensor:
-    """Rotary table without scaling; see kernels.rotary_store."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
-    return rotary_table(config.rope_theta ** (-exponents / config.head_dim), max_positions)
+def why_not(config: ModelConfig) -> list[str]:
+    """What the model needs and the fused decoder lacks; empty when it can serve it."""
+    family = config.family
+    needs = {
+        "mixtures of experts": config.experts is not None,
+        "norms of outputs": family.sandwich_norms,
+        "scaled embeddings": family.scaled_embedding,
+        "biases of the MLP": config.mlp_bias,
+        f"activation {config.activation}": config.activation != "silu",
+        "capped logits": bool(config.logits_soft_cap),
+    }
+    return [f"it has no {what}" for what, needed in needs.items() if needed]
+
+
+def rope_table(
+    config: RopeConfig, head_dim: int, max_positions: int, device: torch.device
+) -> torch.Tensor:
+    """Table of one rotary embedding; see kernels.rotary_store."""
+    turns = frequencies(config, head_dim).double().to(device)
+    return rotary_table(turns, max_positions, config.amplitude)
 
 
 class _Source:
-    """Tensors of one checkpoint, checked, converted and moved one by one."""
+    """Tensors of one checkpoint, converted and moved one by one."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        max_positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._config = config
-        self._weights = weights
+        self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._table = cache(lambda rope: rope_table(rope, config.head_dim, max_positions, device))
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        return self._weights.take(name, *shape).to(self._dtype).to(self._device)
-
-    def joined(self, names: list[str], rows: list[int], *features: int) -> torch.Tensor:
-        """Several tensors one below the other."""
-        parts = [self.take(n, r, *features) for n, r in zip(names, rows, strict=True)]
-        return torch.cat(parts)
-
-    def layer(self, prefix: str, table: torch.Tensor) -> FusedLayer:
-        config, attn = self._config, f"{prefix}.self_attn"
-        hidden, inner = config.hidden_size, config.intermediate_size
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        maps = [f"{attn}.{name}_proj" for name in "qkv"]
-        rows = [queries, keys, keys]
-        bias = config.attention_bias
-        return FusedLayer(
-            input_norm=self.take(f"{prefix}.input_layernorm.weight", hidden),
-            qkv=self.joined([f"{name}.weight" for name in maps], rows, hidden),
-            qkv_bias=self.joined([f"{name}.bias" for name in maps], rows) if bias else None,
-            rotation=Rotation(
-                table,
-                config.rms_norm_eps,
-                self.take(f"{attn}.q_norm.weight", config.head_dim),
-                self.take(f"{attn}.k_norm.weight", config.head_dim),
-            ),
-            output=self.take(f"{attn}.o_proj.weight", hidden, queries),
-            output_bias=self.take(f"{attn}.o_proj.bias", hidden) if bias else None,
-            mlp_norm=self.take(f"{prefix}.post_attention_layernorm.weight", hidden),
-            gate_up=self.joined(
-                [f"{prefix}.mlp.gate_proj.weight", f"{prefix}.mlp.up_proj.weight"],
-                [inner, inner],
-                hidden,
-            ),
-            down=self.take(f"{prefix}.mlp.down_proj.weight", hidden, inner),
+    def weights(self) -> FusedWeights:
+        embedding = self._checkpoint.embedding()
+        head = self._checkpoint.head(embedding)
+        put = self._put(embedding)
+        return FusedWeights(
+            embedding=put,
+            layers=tuple(self._layer(index) for index in range(self._config.num_layers)),
+            final_norm=self._put(self._checkpoint.final_norm()),
+            head=put if head is embedding else self._put(head),
         )
+
+    def _put(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtype).to(self._device)
+
+    def _optional(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else self._put(tensor)
+
+    def _layer(self, index: int) -> FusedLayer:
+        config = self._config
+        tensors, mlp = self._checkpoint.attention(index), self._checkpoint.mlp(index)
+        mlp_norm, _ = self._checkpoint.mlp_norms(index)
+        return FusedLayer(
+            input_norm=self._put(tensors.norm),
+            qkv=self._put(torch.cat((tensors.query, tensors.key, tensors.value))),
+            qkv_bias=self._optional(_joined_bias(tensors)),
+            rotation=Rotation(
+                self._table(config.ropes[index]),
+                config.rms_norm_eps,
+                self._optional(tensors.query_norm),
+                self._optional(tensors.key_norm),
+            ),
+            spec=AttentionSpec(
+                config.attention_scale, config.windows[index], config.attention_soft_cap
+            ),
+            output=self._put(tensors.output),
+            output_bias=self._optional(tensors.output_bias),
+            mlp_norm=self._put(mlp_norm),
+            gate_up=self._put(torch.cat((mlp.gate, mlp.up))),
+            down=self._put(mlp.down),
+        )
+
+
+def _joined_bias(tensors: AttentionTensors) -> torch.Tensor | None:
+    parts = (tensors.query_bias, tensors.key_bias, tensors.value_bias)
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None

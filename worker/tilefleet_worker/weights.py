@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tilefleet_worker.dequantize import StoredMatrix, block_of, scale_shape
+from tilefleet_worker.digests import check_digests
 from tilefleet_worker.errors import ModelError
+from tilefleet_worker.quant_config import QuantConfig
 
 Progress = Callable[[int, int], None]
 """Called with (bytes taken so far, bytes of all files)."""
@@ -17,12 +20,16 @@ Progress = Callable[[int, int], None]
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_STORED = (torch.float8_e4m3fn, torch.int8)
+# Beside a quantised weight; they quantise activations, which stay as they are here.
+_UNUSED_SUFFIXES = ("input_scale", "input_zero_point", "activation_scale", "output_scale")
 
 
 class Weights:
     """All tensors of a folder by name. A context manager: the files are mapped while it is open.
 
-    Raises ModelError on opening when a file is missing, truncated or not safetensors.
+    Raises ModelError on opening when a file is missing, truncated or not safetensors, and when it
+    differs from a digest that the folder gives.
     """
 
     def __init__(self, folder: Path, progress: Progress | None = None) -> None:
@@ -31,8 +38,11 @@ class Weights:
         self._handles: dict[Path, Any] = {}  # safe_open, which has no types
         self._taken: set[str] = set()
         self._bytes_taken = 0
-        for path in _weight_files(folder):
+        files = _weight_files(folder)
+        for path in files:
             self._open(path)
+        self.files_verified = check_digests(folder, files)
+        """Files whose SHA-256 the folder gave and that have it."""
         self._bytes_total = sum(path.stat().st_size for path in self._handles)
 
     def _open(self, path: Path) -> None:
@@ -66,30 +76,91 @@ class Weights:
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """Return a tensor as fp32, of exactly this shape. Raises ModelError when it is not so."""
+        tensor = self._get(name, shape)
+        self._check_shape(name, tensor, shape)
+        if tensor.dtype not in _FLOATS:
+            hint = " (config.json has no quantization_config)" if tensor.dtype in _STORED else ""
+            raise self._wrong(
+                name, f"has type {tensor.dtype}, expected one of {_words(_FLOATS)}{hint}"
+            )
+        return tensor.to(torch.float32, copy=True)
+
+    def matrix(
+        self, name: str, rows: int, columns: int, quantization: QuantConfig | None
+    ) -> torch.Tensor:
+        """A matrix [rows, columns] as fp32, dequantised when the files hold it quantised."""
+        stored = self.stored(name, rows, columns, quantization)
+        return self.take(name, rows, columns) if stored is None else stored.dequantized()
+
+    def stored(
+        self, name: str, rows: int, columns: int, quantization: QuantConfig | None
+    ) -> StoredMatrix | None:
+        """A quantised matrix as it is stored; None when the files hold it as floats.
+
+        name ends in `weight`; its scale is called `weight_scale_inv` or `weight_scale`.
+        """
+        if (
+            quantization is None
+            or name not in self
+            or self._get(name, (rows, columns)).dtype in _FLOATS
+        ):
+            return None
+        values = self._get(name, (rows, columns))
+        self._check_shape(name, values, (rows, columns))
+        if values.dtype != getattr(torch, quantization.stored):
+            raise self._wrong(
+                name, f"has type {values.dtype}, but config.json says {quantization.stored}"
+            )
+        for suffix in _UNUSED_SUFFIXES:
+            self.skip(name.removesuffix("weight") + suffix)
+        names = [name + "_scale_inv", name + "_scale"]
+        scale_name = next((other for other in names if other in self), names[0])
+        shape = scale_shape(quantization, rows, columns)
+        zero_name = name + "_zero_point"
+        return StoredMatrix(
+            values,
+            self._blocks(scale_name, shape).to(torch.float32),
+            self._blocks(zero_name, shape) if zero_name in self else None,
+            block_of(quantization, rows, columns),
+        )
+
+    def _blocks(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+        """Scales or zero points, one a block; a single dimension may be left out."""
+        tensor = self._get(name, shape)
+        if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
+            self._check_shape(name, tensor, shape)
+        return tensor.reshape(shape)
+
+    def _get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor as it is mapped, counted as used. The shape is for the error alone."""
         path = self._file_of.get(name)
         if path is None:
             files = ", ".join(sorted(file.name for file in self._handles))
             raise ModelError(f"{files}: tensor {name} is missing; expected shape {list(shape)}.")
         tensor: torch.Tensor = self._handles[path].get_tensor(name)
+        if name not in self._taken:
+            self._taken.add(name)
+            self._bytes_taken += tensor.numel() * tensor.element_size()
+            if self._progress is not None:
+                self._progress(self._bytes_taken, self._bytes_total)
+        return tensor
+
+    def _check_shape(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"{path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)} "
-                "from config.json."
+            raise self._wrong(
+                name, f"has shape {list(tensor.shape)}, expected {list(shape)} from config.json"
             )
-        if tensor.dtype not in _FLOATS:
-            raise ModelError(
-                f"{path}: tensor {name} has type {tensor.dtype}, expected one of "
-                f"{', '.join(str(dtype) for dtype in _FLOATS)}."
-            )
-        self._taken.add(name)
-        self._bytes_taken += tensor.numel() * tensor.element_size()
-        if self._progress is not None:
-            self._progress(self._bytes_taken, self._bytes_total)
-        return tensor.to(torch.float32, copy=True)
+
+    def _wrong(self, name: str, what: str) -> ModelError:
+        return ModelError(f"{self._file_of[name]}: tensor {name} {what}.")
 
     def skip(self, name: str) -> None:
         """Count a tensor as used though the model does not need it."""
         self._taken.add(name)
+
+    def skip_parts(self, beginnings: tuple[str, ...]) -> None:
+        """Count all tensors whose names begin so as used."""
+        self._taken.update(name for name in self._file_of if name.startswith(beginnings))
 
     def check_all_taken(self) -> None:
         """Raise ModelError when the files hold tensors that the model did not ask for.
@@ -117,3 +188,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if outside:
         raise ModelError(f"{index}: names a file outside the folder: {outside[0]!r}.")
     return [folder / name for name in sorted(names)]
+
+
+def _words(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)

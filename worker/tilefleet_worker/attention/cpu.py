@@ -47,10 +47,13 @@ class CPUAttention:
 
     def __init__(self, config: ModelConfig) -> None:
         self._group = config.num_heads // config.num_kv_heads
+        self._soft_cap = config.attention_soft_cap
         self._scratch = _Scratch()
 
     def why_not(self) -> list[str]:
-        """It serves every model with fp32 keys and values."""
+        """It serves every model whose scores have no cap: the fused kernel has none."""
+        if self._soft_cap:
+            return ["scores are capped (attn_logit_softcapping); use --backend reference"]
         return []
 
     def plan(self, batch: AttentionBatch) -> "CPUStep":
@@ -193,9 +196,7 @@ class CPUStep:
         cache: torch.Tensor,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        """See AttentionStep.forward. Raises NotImplementedError for a soft cap."""
-        if spec.soft_cap:  # the fused kernel has none
-            raise NotImplementedError("a soft cap of scores needs backend reference")
+        """See AttentionStep.forward."""
         store(key, value, cache, self._slots)
         layout = self._layout(spec.window, cache)
         out = torch.empty_like(query)

@@ -1,6 +1,5 @@
-"""Models by architecture. A new one is a module with `load` and a line in model_config."""
+"""Models: one decoder, described by its config and its family."""
 
-from importlib import import_module
 from typing import Protocol
 
 import torch
@@ -8,7 +7,10 @@ import torch
 from tilefleet_worker.attention.base import AttentionStep
 from tilefleet_worker.batch import Batch
 from tilefleet_worker.kv_cache import KVCache
-from tilefleet_worker.model_config import ARCHITECTURES, ModelConfig
+from tilefleet_worker.layers import Placement
+from tilefleet_worker.model_config import ModelConfig
+from tilefleet_worker.models.checkpoint import Checkpoint
+from tilefleet_worker.models.loading import load_decoder
 from tilefleet_worker.weights import Weights
 
 
@@ -16,13 +18,24 @@ class Model(Protocol):
     """A decoder that keeps its keys and values in a KVCache."""
 
     def forward(self, batch: Batch, attention: AttentionStep, cache: KVCache) -> torch.Tensor:
-        """Logits fp32 [sampled rows, vocabulary] of the last token of each sampled row."""
+        """Logits fp32 [logits, vocabulary] of the tokens that the batch wants them of."""
         ...
 
 
-def load(config: ModelConfig, weights: Weights, max_positions: int) -> Model:
-    """Build the model of `config` from its weights. Raises ModelError when they do not fit."""
-    module = import_module(f"tilefleet_worker.models.{ARCHITECTURES[config.architecture]}")
-    model: Model = module.load(config, weights, max_positions)
+def load(
+    config: ModelConfig,
+    weights: Weights,
+    max_positions: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Build the model of `config` from its weights, on a device and in a type.
+
+    max_positions: longest sequence that will be asked for. Raises ModelError when the files do not
+    hold exactly what the model needs.
+    """
+    place = Placement(torch.device(device), dtype)
+    model = load_decoder(config, Checkpoint(config, weights), max_positions, place)
     weights.check_all_taken()
     return model

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tilefleet_worker.attention.base import AttentionBatch, store
+from tilefleet_worker.attention.base import AttentionBatch, AttentionSpec, store
 from tilefleet_worker.attention.triton.decode import DecodeWorkspace, paged_decode
 from tilefleet_worker.attention.triton.prefill import paged_prefill, prefill_tiles
 from tilefleet_worker.attention.triton.tiles import DECODE, PREFILL, architecture
@@ -40,7 +40,6 @@ class TritonAttention:
         device: torch.device,
     ) -> None:
         self._head_dim = config.head_dim
-        self._scale = config.head_dim**-0.5
         self._max_context = max_context
         self._device = device
         arch = architecture(device)
@@ -79,7 +78,12 @@ class TritonAttention:
         return TritonStep(self, paged, batch.slots)
 
     def attend(
-        self, query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor, batch: PagedBatch
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        out: torch.Tensor,
+        batch: PagedBatch,
+        spec: AttentionSpec,
     ) -> torch.Tensor:
         """Attend to what the cache holds, new tokens included. Returns out, like query in shape."""
         keys, values = cache.unbind(0)
@@ -87,12 +91,13 @@ class TritonAttention:
         if decodes:
             paged_decode(
                 query[:decodes], keys, values, batch.block_table, batch.context_lens,
-                out[:decodes], self._workspace, self._decode_tile, self._scale, self._max_context,
+                out[:decodes], self._workspace, self._decode_tile, spec.scale, self._max_context,
+                spec.window, spec.soft_cap,
             )  # fmt: skip
         if batch.tiles is not None:
             paged_prefill(
                 query, keys, values, batch.block_table, batch.tiles, out, self.prefill_tile,
-                self._scale,
+                spec.scale, spec.window, spec.soft_cap,
             )  # fmt: skip
         return out
 
@@ -106,9 +111,14 @@ class TritonStep:
         self._slots = slots
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        spec: AttentionSpec,
     ) -> torch.Tensor:
         """See AttentionStep.forward."""
         store(key, value, cache, self._slots)
         query = query.contiguous()
-        return self._backend.attend(query, cache, torch.empty_like(query), self._batch)
+        return self._backend.attend(query, cache, torch.empty_like(query), self._batch, spec)
