@@ -1,6 +1,6 @@
 """Fused kernels and the GPU's runner against their references, in Triton's interpreter, fp32.
 
-python fused_kernel_cases.py kernels|runner. Needs TRITON_INTERPRET=1.
+python fused_kernel_cases.py kernels|runner|windowed. Needs TRITON_INTERPRET=1.
 """
 
 import json
@@ -128,15 +128,19 @@ def windowed_model(folder):
 
 
 def runner():
-    """Chunks, mixed steps and decodes give the cpu backend's tokens, windows and yarn included."""
-    torch.set_num_threads(1)
+    """The trained tiny model: chunks, mixed steps and decodes give the cpu backend's tokens."""
     compare(MODEL)
+
+
+def windowed():
+    """Likewise with a sliding window and yarn."""
     with tempfile.TemporaryDirectory() as folder:
         windowed_model(Path(folder))
         compare(Path(folder))
 
 
 def compare(folder):
+    torch.set_num_threads(1)
     config = ModelConfig.from_folder(folder)
     with torch.inference_mode(), Weights(folder) as weights:
         model = models.load(config, weights, 512)
@@ -158,6 +162,8 @@ if __name__ == "__main__":
         norms()
         gates()
         rotations()
+    elif sys.argv[1] == "windowed":
+        windowed()
     else:
         runner()
     print("checked")
