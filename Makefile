@@ -37,6 +37,7 @@ check: $(STAMP)  ## format, lint, types, import contracts, generated files, line
 	PYTHONPATH= .venv/bin/lint-imports
 	$(PY) -m tilefleet_operator crd | diff -u crds/tilefleet.io_inferencedeployments.yaml -
 	diff -r crds helm/tilefleet/files/crds
+	$(PY) hack/reference.py --check
 	$(PY) hack/line_budget.py
 
 format: $(STAMP)  ## write the format that check expects

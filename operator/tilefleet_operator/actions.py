@@ -11,6 +11,7 @@ from typing import Any
 
 from tilefleet_operator.api import FIELD_MANAGER
 from tilefleet_operator.desired import ADMIN_PORT
+from tilefleet_operator.reasons import Event
 from tilefleet_operator.status import Telemetry
 
 # Relabelling needs its own manager: an apply by the first manager that names only labels would
@@ -93,6 +94,6 @@ class Plan:
     actions: tuple[Action, ...] = ()
     status: Mapping[str, Any] | None = None
     requeue_after: float | None = None
-    events: tuple[tuple[str, str, str], ...] = ()
+    events: tuple[Event, ...] = ()
     decision: str = ""
     telemetry: Telemetry = field(default_factory=Telemetry)

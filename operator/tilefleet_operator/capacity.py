@@ -16,6 +16,7 @@ from tilefleet_operator.observed import PodView, Snapshot
 from tilefleet_operator.partitions import offers
 from tilefleet_operator.placement import Fit
 from tilefleet_operator.reactions import Reaction
+from tilefleet_operator.reasons import ShortageReason
 
 # Cluster Autoscaler scans every 10 s, Karpenter batches for up to 10 s.
 PATIENCE_SECONDS = 30.0
@@ -27,7 +28,7 @@ ARRIVAL_SECONDS = 900.0
 class Shortage:
     """Replicas that have no node. wait_seconds: until this may change by time alone, None never."""
 
-    reason: str
+    reason: ShortageReason
     message: str
     wait_seconds: float | None = None
 
@@ -55,7 +56,7 @@ def shortage(
     if not words and began is not None and now < began + PATIENCE_SECONDS:
         more = f"a node autoscaler has {PATIENCE_SECONDS:g} s to react"
         return Shortage("WaitingForNode", f"{text}; {more}", began + PATIENCE_SECONDS - now)
-    reason = "InsufficientGPU" if short else "InsufficientResources"
+    reason: ShortageReason = "InsufficientGPU" if short else "InsufficientResources"
     no = next((word for word in words if not word.coming), None)
     return Shortage(reason, text + (f"; {no}" if no else "; no node autoscaler reacts"))
 

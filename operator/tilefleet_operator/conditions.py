@@ -10,24 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilefleet_operator.capacity import Shortage
+from tilefleet_operator.condition import Condition
 from tilefleet_operator.failures import Failure, failure
 from tilefleet_operator.fleet import Fleet
 from tilefleet_operator.hardware import is_sick
 from tilefleet_operator.observed import MissingStats, Snapshot
 from tilefleet_operator.placement import Fit
+from tilefleet_operator.reasons import TYPES, ConditionType, MatchReason, Reason
 from tilefleet_operator.rollout import Progress
-from tilefleet_operator.status import Condition
 
-TYPES = (
-    "Ready",
-    "Progressing",
-    "AcceleratorMatched",
-    "CapacityLimited",
-    "MetricsAvailable",
-    "AutoscalingActive",
-    "Degraded",
-    "SpecValid",
-)
 # A replica that has just become ready may not have been asked since.
 FIRST_ANSWER_SECONDS = 10.0
 
@@ -98,7 +89,8 @@ def _ready(facts: Facts) -> Condition:
 
 
 def _progressing(facts: Facts) -> Condition:
-    kind, progress = "Progressing", facts.progress
+    kind: ConditionType = "Progressing"
+    progress = facts.progress
     if not progress.rolling:
         message = "all replicas have one revision"
         if facts.newer_image:
@@ -139,7 +131,7 @@ def _waits_for_room(facts: Facts) -> str:
 
 
 def _accelerator_matched(facts: Facts) -> Condition:
-    kind = "AcceleratorMatched"
+    kind: ConditionType = "AcceleratorMatched"
     if facts.fit is None:
         return Condition(kind, "True", "Matched", "vendor cpu runs on any node")
     if facts.fit.matching:
@@ -147,7 +139,7 @@ def _accelerator_matched(facts: Facts) -> Condition:
     accelerator = facts.snapshot.deployment.spec.accelerator
     wanted = ", ".join(accelerator.device_ids or accelerator.products) or "any AMD GPU"
     reasons = facts.fit.refusals() or "; the cluster has no AMD node"
-    why = "PartitionMismatch" if facts.fit.mismatched else "NoMatchingNodes"
+    why: MatchReason = "PartitionMismatch" if facts.fit.mismatched else "NoMatchingNodes"
     return Condition(kind, "False", why, f"no node matches {wanted}{reasons}")
 
 
@@ -159,12 +151,12 @@ def _matched(fit: Fit) -> Condition:
     if fit.stale:
         stale = ", ".join(f"{name} ({why})" for name, why in fit.stale[:5])
         message += f"; Allocatable is believed: {stale}"
-    reason = "LabelsStale" if fit.stale else "Matched"
+    reason: Reason = "LabelsStale" if fit.stale else "Matched"
     return Condition("AcceleratorMatched", "True", reason, message + fit.refusals())
 
 
 def _capacity_limited(facts: Facts) -> Condition:
-    kind = "CapacityLimited"
+    kind: ConditionType = "CapacityLimited"
     if facts.shortage is not None:
         return Condition(kind, "True", facts.shortage.reason, facts.shortage.message)
     autoscaling = facts.snapshot.deployment.spec.autoscaling
@@ -175,7 +167,7 @@ def _capacity_limited(facts: Facts) -> Condition:
 
 
 def _metrics_available(facts: Facts) -> Condition:
-    kind = "MetricsAvailable"
+    kind: ConditionType = "MetricsAvailable"
     ready = facts.fleet.ready
     if not ready:
         return Condition(kind, "Unknown", "NoReplicaReady", "no replica is ready to be asked")
@@ -196,7 +188,7 @@ def _metrics_available(facts: Facts) -> Condition:
 
 
 def _autoscaling_active(facts: Facts) -> Condition:
-    kind = "AutoscalingActive"
+    kind: ConditionType = "AutoscalingActive"
     spec = facts.snapshot.deployment.spec
     if spec.paused:
         return Condition(kind, "False", "Paused", "spec.paused is true; no pod is changed")
@@ -207,7 +199,7 @@ def _autoscaling_active(facts: Facts) -> Condition:
 
 
 def _degraded(facts: Facts) -> Condition:
-    kind = "Degraded"
+    kind: ConditionType = "Degraded"
     if facts.conflict:
         return Condition(kind, "True", "NameConflict", facts.conflict)
     nodes = {node.name: node for node in facts.snapshot.nodes}

@@ -3,7 +3,7 @@
 `python -m tilefleet_operator crd` prints it; crds/ holds the same text, kept equal by a test. The
 converter turns pydantic's JSON schema into a structural schema: references inlined, noise dropped,
 a default for every optional field, so that nested defaults apply and CEL never meets a missing
-field. The CEL rules are in rules.py.
+field. The CEL rules are in rules.py, the status in status_schema.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tilefleet_operator.api import (
 )
 from tilefleet_operator.errors import OperatorError
 from tilefleet_operator.rules import ROOT_RULES, RULES
+from tilefleet_operator.status_schema import status_schema
 
 _NOISE = {"title", "examples", "discriminator", "deprecated", "prefixItems", "uniqueItems"}
 
@@ -97,15 +98,15 @@ def _root() -> dict[str, Any]:
         "required": ["spec"],
         "x-kubernetes-validations": ROOT_RULES,
         "properties": {
-            "apiVersion": {"type": "string"},
-            "kind": {"type": "string"},
+            "apiVersion": {"type": "string", "description": f"{GROUP}/{VERSION}"},
+            "kind": {"type": "string", "description": KIND},
             # The bound keeps the estimated cost of the rules on the name inside CEL's budget.
             "metadata": {
                 "type": "object",
                 "properties": {"name": {"type": "string", "maxLength": 253}},
             },
             "spec": spec_schema(),
-            "status": _status_schema(),
+            "status": status_schema(),
         },
     }
 
@@ -169,87 +170,3 @@ def _with_default(schema: dict[str, Any], *, optional: bool) -> dict[str, Any]:
             known = {name: child["default"] for name, child in fields.items() if "default" in child}
             schema["default"] = copy.deepcopy(known)
     return schema
-
-
-_INTEGER: dict[str, Any] = {"type": "integer"}
-_STRING: dict[str, Any] = {"type": "string"}
-_TIME: dict[str, Any] = {"type": "string", "format": "date-time"}
-
-
-def _object(description: str, **properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "description": description, "properties": properties}
-
-
-def _status_schema() -> dict[str, Any]:
-    """Schema of the status: typed and described, without defaults or rules."""
-    counts = dict.fromkeys(
-        (
-            "replicas",
-            "readyReplicas",
-            "updatedReplicas",
-            "pendingReplicas",
-            "drainingReplicas",
-            "desiredReplicas",
-        ),
-        _INTEGER,
-    )
-    condition = _object(
-        "One observed fact.",
-        type=_STRING,
-        status={"type": "string", "enum": ["True", "False", "Unknown"]},
-        observedGeneration=_INTEGER,
-        lastTransitionTime=_TIME,
-        reason=_STRING,
-        message=_STRING,
-    )
-    condition["required"] = ["type", "status", "lastTransitionTime", "reason", "message"]
-    decision = _object(
-        "A change of the wanted number of replicas, with everything it was computed from.",
-        time=_TIME,
-        **{"from": _INTEGER, "to": _INTEGER},
-        reason=_STRING,
-        inputs={"type": "object", "additionalProperties": _STRING},
-    )
-    return _object(
-        "What the operator observed and decided.",
-        observedGeneration=_INTEGER,
-        **counts,
-        selector=_STRING,
-        currentRevision=_STRING,
-        updateRevision=_STRING,
-        rollout=_object(
-            "The rollout under way: its revision, and when it last came forward.",
-            revision=_STRING,
-            readyReplicas=_INTEGER,
-            progressedAt=_TIME,
-        ),
-        utilization=_STRING,
-        accelerator=_object(
-            "Devices that match.",
-            resourceName=_STRING,
-            devicesPerReplica=_INTEGER,
-            matchingNodes=_INTEGER,
-            partition=_STRING,
-            memoryPerDevice=_STRING,
-            placed={
-                "type": "object",
-                "description": "Devices that replicas were made for, with their number.",
-                "additionalProperties": _INTEGER,
-            },
-        ),
-        capacity=_object(
-            "What one replica can do, as learned.",
-            tokensPerSecondPerReplica=_INTEGER,
-            source=_STRING,
-            confidence=_STRING,
-            sampledAt=_TIME,
-        ),
-        demand=_object("What clients ask for.", tokensPerSecond=_INTEGER, queueTokens=_INTEGER),
-        decisions={"type": "array", "maxItems": 10, "items": decision},
-        conditions={
-            "type": "array",
-            "items": condition,
-            "x-kubernetes-list-type": "map",
-            "x-kubernetes-list-map-keys": ["type"],
-        },
-    )

@@ -4,21 +4,20 @@ It decides nothing: order and content come from the plan. It does not know why a
 """
 
 import asyncio
-import hashlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from tilefleet_operator.api import API_VERSION, KIND, PLURAL
 from tilefleet_operator.cache import Key, ObjectCache
 from tilefleet_operator.client import ApiClient
 from tilefleet_operator.errors import ApiError, Conflict, NameTaken, NotFound
+from tilefleet_operator.events import EventPoster, Owner
 from tilefleet_operator.observed import owner_uid
 from tilefleet_operator.plan import Action, Apply, Delete, Drain, Plan
-from tilefleet_operator.resources import BY_KIND, DEPLOYMENTS, EVENTS, MONITORS, PODS, Resource
+from tilefleet_operator.reasons import Event
+from tilefleet_operator.resources import BY_KIND, DEPLOYMENTS, MONITORS, PODS, Resource
 from tilefleet_operator.telemetry import Telemetry
 from tilefleet_operator.upkeep import is_claimable
 
@@ -27,22 +26,6 @@ logger = logging.getLogger(__name__)
 Json = dict[str, Any]
 PostDrain = Callable[[str, int, float], Awaitable[None]]
 """(pod IP, port, timeout in seconds); never raises for a worker that does not answer."""
-
-_MESSAGE_LIMIT = 1024  # the API server refuses a longer note
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """The InferenceDeployment that a plan is for."""
-
-    namespace: str
-    name: str
-    uid: str
-
-    @property
-    def key(self) -> Key:
-        """Its key."""
-        return self.namespace, self.name
 
 
 class Executor:
@@ -57,7 +40,7 @@ class Executor:
         identity: str,
     ) -> None:
         self.api, self.cache, self.telemetry = api, cache, telemetry
-        self.post_drain, self.identity = post_drain, identity
+        self.post_drain, self.poster = post_drain, EventPoster(api, telemetry, identity)
 
     async def execute(self, owner: Owner, plan: Plan) -> None:
         """The actions rank by rank, then events, then status, which is written whatever failed.
@@ -77,8 +60,10 @@ class Executor:
             if any(isinstance(error, NameTaken) for error in errors):
                 break  # pods rank last; the next plan knows whose name it is, and decides anew
         events = [*plan.events, *(_failure_event(error) for error in errors)]
-        for type_, reason, message in events:
-            await self._event(owner, type_, reason, message)
+        seen = self.cache.get(PLURAL, *owner.key)
+        moment = str(seen["metadata"]["resourceVersion"]) if seen else ""
+        for event in events:
+            await self.poster.post(owner, event, moment)
         if plan.status is not None:
             try:
                 await self._status(owner, plan)
@@ -195,44 +180,6 @@ class Executor:
         seen_at = answer["metadata"]["resourceVersion"]
         self.cache.expect(owner.key, PLURAL, owner.uid, seen_at)
 
-    async def _event(self, owner: Owner, type_: str, reason: str, message: str) -> None:
-        """Post one Event; the same transition posted twice is one Event. Failures are logged."""
-        seen = self.cache.get(PLURAL, owner.namespace, owner.name)
-        moment = seen["metadata"]["resourceVersion"] if seen and type_ == "Normal" else ""
-        text = "\0".join((owner.uid, moment, reason, message))
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        body = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {
-                "namespace": owner.namespace,
-                "name": f"{owner.name}.{digest}",
-            },
-            "involvedObject": {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "namespace": owner.namespace,
-                "name": owner.name,
-                "uid": owner.uid,
-            },
-            "type": type_,
-            "reason": reason,
-            "message": message[:_MESSAGE_LIMIT],
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-            "source": {"component": "tilefleet-operator"},
-            "reportingComponent": "tilefleet.io/operator",
-            "reportingInstance": self.identity[:128],
-        }
-        try:
-            await self.api.create(EVENTS, body)
-        except Conflict:
-            return  # posted before: the reconcile was interrupted and is repeated
-        except ApiError as error:
-            logger.warning("event %s was not posted: %s", reason, error)
-
 
 def _rank(action: Action) -> tuple[int, bool]:
     """Actions of one rank do not need each other; pods need the children before them."""
@@ -243,5 +190,5 @@ def _makes_pod(action: Action) -> bool:
     return isinstance(action, Apply) and action.kind == PODS.kind
 
 
-def _failure_event(error: Exception) -> tuple[str, str, str]:
+def _failure_event(error: Exception) -> Event:
     return ("Warning", "WriteFailed", str(error))

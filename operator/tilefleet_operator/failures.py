@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from tilefleet_operator.observed import PodView
+from tilefleet_operator.reasons import DegradedReason
 
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
@@ -32,7 +33,7 @@ _TEXT_CHARACTERS = 500
 class Failure:
     """reason: of the condition Degraded. message: names the pod, what is wrong and what helps."""
 
-    reason: str
+    reason: DegradedReason
     message: str
 
 

@@ -99,7 +99,7 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     )
     report = _report(facts, decision)
     new = status.build(report, deployment.status, now)
-    waits.append(status.telemetry_wait(report, deployment.status, now))
+    waits.append(status.wait(report, deployment.status, now))
     changed = new if new != deployment.status else None
     events = tuple(transitions(deployment.status, new)) if changed is not None else ()
     ahead = [wait for wait in waits if wait is not None]

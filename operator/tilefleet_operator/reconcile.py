@@ -10,7 +10,8 @@ from tilefleet_operator.cache import Key, ObjectCache
 from tilefleet_operator.cluster import Cluster
 from tilefleet_operator.desired import Defaults
 from tilefleet_operator.errors import ApiError, LeaseLost, SpecInvalid, TooManyRequests
-from tilefleet_operator.executor import Executor, Owner
+from tilefleet_operator.events import Owner
+from tilefleet_operator.executor import Executor
 from tilefleet_operator.metrics import WorkerPoller
 from tilefleet_operator.plan import Plan, invalid, plan
 from tilefleet_operator.telemetry import Telemetry

@@ -14,6 +14,7 @@ from typing import Any
 
 from tilefleet_operator import placement
 from tilefleet_operator.capacity import PATIENCE_SECONDS
+from tilefleet_operator.condition import HOLD_SECONDS
 from tilefleet_operator.desired import Defaults
 from tilefleet_operator.observed import (
     ANNOTATION_PLACEMENT,
@@ -91,14 +92,15 @@ def trace(
 
 
 def _when_it_acts(world: World, step: Plan, defaults: Defaults) -> float | None:
-    """The time at which a resting world's plan acts after all; None when it merely looks again."""
+    """The time at which a resting world's plan acts, or says what it held back; else None."""
     now = world.now
     for _ in range(LOOKS_AHEAD):
         if step.requeue_after is None:
             return None
         now += step.requeue_after
         step = plan(world.snapshot, defaults, now)
-        if step.actions:
+        settles = step.status is not None and now - world.now <= HOLD_SECONDS
+        if step.actions or settles:
             return now
     return None
 

@@ -1,8 +1,8 @@
 """The status: counts, telemetry, decisions and conditions, written only when they say more.
 
-Counts and conditions change at once. Telemetry (utilization, capacity, demand) is rounded, and
-alone causes a write at most every 30 s and only when it moved by more than 5 %. Messages hold no
-figure that moves with load. Does not know how any of it was decided.
+Counts change at once, conditions as condition.py holds them. Telemetry (utilization, capacity,
+demand) is rounded, and alone causes a write at most every 30 s and only when it moved by more than
+5 %. Messages hold no figure that moves with load. Does not know how any of it was decided.
 """
 
 from __future__ import annotations
@@ -11,22 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tilefleet_operator.condition import Condition, hold_wait, written
 from tilefleet_operator.units import rfc3339, timestamp
 
 TELEMETRY_SECONDS = 30.0
 TELEMETRY_CHANGE = 0.05
 DECISIONS_KEPT = 10
 _TELEMETRY = ("utilization", "capacity", "demand")
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One observed fact: status is "True", "False" or "Unknown"."""
-
-    type: str
-    status: str
-    reason: str
-    message: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ def build(report: Report, previous: Mapping[str, Any], now: float) -> dict[str, 
         "currentRevision": report.current_revision,
         "updateRevision": report.revision,
         "decisions": _decisions(report, previous, now),
-        "conditions": _conditions(report, previous, now),
+        "conditions": written(report.conditions, report.generation, previous, now),
     }
     if report.rollout:
         status["rollout"] = dict(report.rollout)
@@ -81,12 +72,13 @@ def build(report: Report, previous: Mapping[str, Any], now: float) -> dict[str, 
     return status | kept
 
 
-def telemetry_wait(report: Report, previous: Mapping[str, Any], now: float) -> float | None:
-    """Seconds until moved telemetry may be written; None when it did not move."""
+def wait(report: Report, previous: Mapping[str, Any], now: float) -> float | None:
+    """Seconds until what is held back may be written: moved telemetry or a condition."""
+    waits = [hold_wait(report.conditions, report.generation, previous, now)]
     kept = {key: previous[key] for key in _TELEMETRY if key in previous}
-    if not moved(kept, _telemetry(report.telemetry, now)):
-        return None
-    return max(0.0, _sampled(kept) + TELEMETRY_SECONDS - now)
+    if moved(kept, _telemetry(report.telemetry, now)):
+        waits.append(max(0.0, _sampled(kept) + TELEMETRY_SECONDS - now))
+    return min((one for one in waits if one is not None), default=None)
 
 
 def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
@@ -163,37 +155,14 @@ def _decisions(report: Report, previous: Mapping[str, Any], now: float) -> list[
     return decisions[-DECISIONS_KEPT:]
 
 
-def _conditions(report: Report, previous: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
-    """Conditions for the status; lastTransitionTime moves only when the status value does."""
-    known = {condition["type"]: condition for condition in previous.get("conditions") or []}
-    result = []
-    for condition in report.conditions:
-        before = known.get(condition.type, {})
-        since = before.get("lastTransitionTime") or rfc3339(now)
-        if before.get("status") != condition.status:
-            since = rfc3339(now)
-        result.append(
-            {
-                "type": condition.type,
-                "status": condition.status,
-                "observedGeneration": report.generation,
-                "lastTransitionTime": since,
-                "reason": condition.reason,
-                "message": condition.message,
-            }
-        )
-    return result
-
-
 def invalid(
     generation: int, conditions: Sequence[Condition], previous: Mapping[str, Any], now: float
 ) -> dict[str, Any]:
     """Status of an object that cannot be acted on: the counts as they were, other conditions."""
-    report = Report(generation, {}, "", "", conditions)
     return {
         **previous,
         "observedGeneration": generation,
-        "conditions": _conditions(report, previous, now),
+        "conditions": written(conditions, generation, previous, now),
     }
 
 

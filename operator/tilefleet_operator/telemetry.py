@@ -91,6 +91,12 @@ class Telemetry:
             "Plans not made because the view was older than the operator's own last write.",
             registry=self.registry,
         )
+        self.events = Counter(
+            prefix + "events_total",
+            "Events by what became of them: posted, held_back (repeated or too many), error.",
+            ["result"],
+            registry=self.registry,
+        )
         self.actions = Counter(
             prefix + "actions_total",
             "Actions carried out by kind (apply, delete, drain) and result (ok, error).",

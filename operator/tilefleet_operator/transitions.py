@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tilefleet_operator.reasons import Event, EventReason
 
-def transitions(
-    previous: Mapping[str, Any], new: Mapping[str, Any]
-) -> Iterator[tuple[str, str, str]]:
+
+def transitions(previous: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Event]:
     """(type, reason, message) of each transition from one status to the next."""
     before, after = previous.get("desiredReplicas"), new["desiredReplicas"]
     if before is not None and before != after:
         why = new["decisions"][-1]["reason"]
-        reason = "ScaledUp" if after > before else "ScaledDown"
+        reason: EventReason = "ScaledUp" if after > before else "ScaledDown"
         yield "Normal", reason, f"from {before} to {after} replicas: {why}"
     known = {c["type"]: c for c in previous.get("conditions") or []}
     for condition in new["conditions"]:
@@ -34,9 +34,7 @@ def transitions(
             yield "Warning", condition["reason"], condition["message"]
 
 
-def _capacity_event(
-    seen: Mapping[str, Any], condition: Mapping[str, Any]
-) -> Iterator[tuple[str, str, str]]:
+def _capacity_event(seen: Mapping[str, Any], condition: Mapping[str, Any]) -> Iterator[Event]:
     """The event of a shortage that began or changed its nature; waiting for a node is normal."""
     reason, message = condition["reason"], condition["message"]
     if condition["status"] != "True" or seen.get("reason") == reason:
@@ -47,9 +45,7 @@ def _capacity_event(
         yield "Warning", "CapacityLimited", message
 
 
-def _rollout_event(
-    previous: Mapping[str, Any], condition: Mapping[str, Any]
-) -> Iterator[tuple[str, str, str]]:
+def _rollout_event(previous: Mapping[str, Any], condition: Mapping[str, Any]) -> Iterator[Event]:
     """The event of a Progressing condition that changed; first replicas are no rollout."""
     reason, message = condition["reason"], condition["message"]
     if reason == "ProgressDeadlineExceeded":

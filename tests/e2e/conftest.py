@@ -13,16 +13,22 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "hack" / "testbed"), str(Path(__file__).parent)]
 
 from start import started  # noqa: E402
-from testbed import Testbed  # noqa: E402
+from testbed import Json, Testbed  # noqa: E402
 
 LOGS = ROOT / "build" / "e2e"
 FAILED = pytest.StashKey[bool]()
+AUDIT_START = pytest.StashKey[int]()
+
+
+LAST = "test_rights.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.e2e)
+    # It judges what all the others made the operator do. A stable sort keeps every other order.
+    items.sort(key=lambda item: item.path == Path(__file__).parent / LAST)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -34,9 +40,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def testbed() -> Iterator[Testbed]:
+def testbed(request: pytest.FixtureRequest) -> Iterator[Testbed]:
     """A running cluster with the chart; KEEP=1 leaves it for the next run."""
     with started(keep=os.environ.get("KEEP") == "1") as bed:
+        request.config.stash[AUDIT_START] = bed.audit_position()
         bed.install()
         yield bed
 
@@ -64,6 +71,12 @@ def mi300x_nodes(testbed: Testbed) -> Iterator[list[str]]:
     names = testbed.add_fake_nodes(2)
     yield names
     testbed.remove_fake_nodes()
+
+
+@pytest.fixture
+def session_audit(testbed: Testbed, audit_log: Path, request: pytest.FixtureRequest) -> list[Json]:
+    """The API server's audit log since this session's chart was installed."""
+    return testbed.audit_events(request.config.stash[AUDIT_START])
 
 
 @pytest.fixture

@@ -1,14 +1,10 @@
-"""The chart on a real API server: helm test, upgrade, rights used, uninstall."""
+"""The chart on a real API server: helm test, upgrade, uninstall."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import yaml
 from fleets import cpu_fleet
-from testbed import NAMESPACE, OPERATOR, RELEASE, Json, Testbed, is_leaving, until
-
-OPERATOR_ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{OPERATOR}"
+from testbed import NAMESPACE, OPERATOR, RELEASE, Testbed, is_leaving, until
 
 
 @pytest.fixture
@@ -80,51 +76,3 @@ def test_uninstall_leaves_fleets_and_their_definition(
     testbed.install()
     testbed.wait_ready("orphan", namespace)
     assert uids(testbed, namespace) == workers
-
-
-def test_rights_granted_are_the_rights_used(
-    testbed: Testbed, namespace: str, audit_log: Path
-) -> None:
-    """By the audit log: no request was forbidden, and over the session no write's verb is spare."""
-    position = testbed.audit_position()
-    testbed.apply(cpu_fleet("rights", namespace))
-    testbed.wait_ready("rights", namespace)
-    testbed.kubectl("-n", namespace, "delete", "infd", "rights")
-    forbidden = {
-        (e["verb"], e["requestURI"])
-        for e in by_operator(testbed, position)
-        if e["responseStatus"].get("code") == 403
-    }
-    assert forbidden == set()
-    mine = by_operator(testbed, 0)
-    used = {(e["verb"], resource(e)) for e in mine}
-    # A server-side apply that creates is authorised as patch and as create.
-    used |= {("create", resource(e)) for e in mine if e["responseStatus"].get("code") == 201}
-    # Asked for by an admission plugin that not every cluster runs.
-    used.add(("update", "inferencedeployments/finalizers"))
-    assert granted_writes(testbed) - used == set()
-
-
-def by_operator(testbed: Testbed, position: int) -> list[Json]:
-    events = testbed.audit_events(position)
-    return [e for e in events if e["user"]["username"] == OPERATOR_ACCOUNT]
-
-
-def resource(event: Json) -> str:
-    reference = event["objectRef"]
-    sub = reference.get("subresource")
-    return f"{reference['resource']}/{sub}" if sub else str(reference["resource"])
-
-
-def granted_writes(testbed: Testbed) -> set[tuple[str, str]]:
-    """(verb, resource) of every changing verb in the release's roles."""
-    manifest = testbed.run("helm", "get", "manifest", RELEASE, "-n", NAMESPACE).stdout
-    roles = [o for o in yaml.safe_load_all(manifest) if o and o["kind"] in ("Role", "ClusterRole")]
-    return {
-        (verb, name)
-        for role in roles
-        for rule in role["rules"]
-        for name in rule["resources"]
-        for verb in rule["verbs"]
-        if verb not in ("get", "list", "watch")
-    }

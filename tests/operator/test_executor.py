@@ -7,7 +7,8 @@ import pytest
 from tilefleet_operator.cache import ObjectCache
 from tilefleet_operator.client import ListResult
 from tilefleet_operator.errors import Conflict, Forbidden, LeaseLost, NotFound, Unprocessable
-from tilefleet_operator.executor import Executor, Owner
+from tilefleet_operator.events import Owner
+from tilefleet_operator.executor import Executor
 from tilefleet_operator.plan import Apply, Delete, Drain, Plan
 from tilefleet_operator.resources import Resource
 from tilefleet_operator.telemetry import Telemetry

@@ -10,7 +10,7 @@ from tilefleet_operator.cache import ObjectCache
 from tilefleet_operator.client import ListResult
 from tilefleet_operator.cluster import Cluster
 from tilefleet_operator.errors import ApiError, LeaseLost, NotFound, TooManyRequests
-from tilefleet_operator.executor import Owner
+from tilefleet_operator.events import Owner
 from tilefleet_operator.metrics import WorkerPoller
 from tilefleet_operator.observed import History, node_view
 from tilefleet_operator.plan import Apply, Plan

@@ -188,7 +188,7 @@ def test_pause_stops_the_clock_and_every_change_and_resume_goes_on() -> None:
     assert [s.actions for _, s in held if s.actions] == []
     status = held[-1][0].snapshot.deployment.status
     assert condition(status, "Progressing")["reason"] == "Paused"
-    resumed = replace(of, status=status)
+    resumed = replace(of, status=status, generation=2)
     world = World(replace(held[-1][0].snapshot, deployment=resumed), held[-1][0].now)
     first = plan(world.snapshot, DEFAULTS, world.now)
     assert first.status is not None

@@ -18,6 +18,7 @@ from tests.operator.builders import (
     snapshot,
     stats,
 )
+from tilefleet_operator.condition import Condition
 from tilefleet_operator.conditions import TYPES
 from tilefleet_operator.crd import crd
 from tilefleet_operator.desired import revision
@@ -25,12 +26,11 @@ from tilefleet_operator.observed import MissingStats, Snapshot
 from tilefleet_operator.plan import plan
 from tilefleet_operator.status import (
     DECISIONS_KEPT,
-    Condition,
     Report,
     Telemetry,
     build,
     last_shrink,
-    telemetry_wait,
+    wait,
 )
 from tilefleet_operator.units import rfc3339
 
@@ -62,13 +62,13 @@ def test_telemetry_alone_is_written_every_30_seconds_at_most_and_above_5_percent
     first = build(report(telemetry=measured(50)), {}, NOW)
     assert first["demand"] == {"tokensPerSecond": 50, "queueTokens": 0}
     assert build(report(telemetry=measured(90)), first, NOW + 29) == first
-    assert telemetry_wait(report(telemetry=measured(90)), first, NOW + 29) == 1.0
+    assert wait(report(telemetry=measured(90)), first, NOW + 29) == 1.0
     later = build(report(telemetry=measured(90)), first, NOW + 30)
     assert later["demand"]["tokensPerSecond"] == 90
     assert later["capacity"]["sampledAt"] == rfc3339(NOW + 30)
     near = report(telemetry=measured(52))
     assert build(near, first, NOW + 300) == first
-    assert telemetry_wait(near, first, NOW + 300) is None
+    assert wait(near, first, NOW + 300) is None
 
 
 def test_telemetry_rides_along_with_any_other_change() -> None:
