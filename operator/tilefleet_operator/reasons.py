@@ -156,7 +156,7 @@ CONDITIONS: Mapping[ConditionType, Mapping[Reason, Explained]] = {
             "free or add nodes, or lower spec.engine.resources",
         ),
         "WaitingForNode": Explained(
-            "replicas have no node, but one is coming: a node autoscaler said so or has 30 s to react,"
+            "replicas have no node, but one is coming: a node autoscaler said so, or has 30 s to,"
             " or a new node is not complete yet; believed for 15 min",
             "wait; the message says who brings the node",
         ),
