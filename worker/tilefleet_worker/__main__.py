@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "serve":
         return _serve(rest)
     if command == "version" and not rest:
-        from tilefleet_worker.server.api import version
+        from tilefleet_worker.server.model_api import version
 
         print(version())
         return 0

@@ -72,6 +72,7 @@ class ChatTemplate:
         """source: Jinja text. Raises ModelError when it does not parse."""
         self._names = {"bos_token": bos_token, "eos_token": eos_token}
         self._deadline = _Deadline()
+        self.source = source
         try:
             self._template = _Sandbox(self._deadline).from_string(source)
         except jinja2.TemplateError as error:
@@ -81,11 +82,13 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for these messages, up to where the assistant's answer begins.
 
+        tools: functions that the model may call, as OpenAI's API describes them.
         options: further names that the template may read, such as enable_thinking.
         Raises RequestError 400 when the template refuses the messages or fails on them, or when it
         needs more than RENDER_SECONDS or OUTPUT_CHARACTERS.
@@ -95,7 +98,7 @@ class ChatTemplate:
             **(options or {}),
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": list(tools) or None,
         }
         try:
             return self._join(self._template.generate(arguments | self._names))

@@ -18,6 +18,8 @@ from tilefleet_worker import termination
 from tilefleet_worker.engine_config import BACKENDS, DTYPES, EngineConfig
 from tilefleet_worker.errors import ConfigError
 
+TOOL_CALL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral")
+REASONING_PARSERS = ("auto", "none", "think")
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _DECIMAL: dict[str, int | Decimal] = {
     "m": Decimal("0.001"),
@@ -175,6 +177,16 @@ class ServeConfig:
         "", "--api-key-file", "PATH", _text,
         "file with one API key a line (`KEY` or `ID KEY`), re-read when it changes; without the "
         "flag the API is open",
+    )  # fmt: skip
+    tool_call_parser: str = _option(
+        "auto", "--tool-call-parser", "NAME", _one_of(TOOL_CALL_PARSERS),
+        "convention of the model's tool calls: hermes (Qwen too), llama3_json, mistral, none, or "
+        "auto, which looks for their markers in the chat template",
+    )  # fmt: skip
+    reasoning_parser: str = _option(
+        "auto", "--reasoning-parser", "NAME", _one_of(REASONING_PARSERS),
+        "think splits <think> ... </think> off as reasoning_content; none leaves it in the text; "
+        "auto looks for the markers in the chat template",
     )  # fmt: skip
     threads: int = _option(
         0, "--threads", "N", _whole(0, 4096),

@@ -77,7 +77,17 @@ class Tokenizer:
     @property
     def eos_token_id(self) -> int | None:
         """Id of the end-of-sequence token, or None when the tokenizer names none."""
-        return None if not self.eos_token else self._fast.token_to_id(self.eos_token)
+        return None if not self.eos_token else self.token_id(self.eos_token)
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        text: str = self._fast.to_str()
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """Id of the token that is spelled like this, or None."""
+        found: int | None = self._fast.token_to_id(token)
+        return found
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens spelled out in it count as such."""

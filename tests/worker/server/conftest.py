@@ -22,6 +22,12 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+# Of a model that calls tools in Qwen's way and thinks when it is told to.
+TOOL_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>Answer with <tool_call>.{% endif %}"
+    + CHAT_TEMPLATE
+    + "{% if enable_thinking %}<think>{% endif %}"
+)
 SMALL = ["--kv-cache-memory", "4Mi", "--threads", "1"]
 LAYER = {
     "input_layernorm": (64,),
@@ -214,7 +220,7 @@ def write_model(folder: Path) -> None:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
@@ -244,8 +250,11 @@ def write_model(folder: Path) -> None:
 def model(tmp_path_factory, tokenizer_folder):
     folder = tmp_path_factory.mktemp("real") / "qwen3-tiny"
     folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text((tokenizer_folder / name).read_text())
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<think>", "</think>"])  # ids 258 and 259
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|end|>", "chat_template": TOOL_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     write_model(folder)
     return folder
 

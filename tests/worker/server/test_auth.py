@@ -12,6 +12,7 @@ from tilefleet_worker.server.api import Api
 from tilefleet_worker.server.app import create_app, routes
 from tilefleet_worker.server.auth import OPEN_PATHS, KeyFile
 from tilefleet_worker.server.metrics import Metrics
+from tilefleet_worker.server.model_api import ModelApi
 from tilefleet_worker.server.state import WorkerState
 
 
@@ -39,8 +40,8 @@ def client(app, **options):
 
 def paths():
     state = WorkerState(parse_args(["--model", "tiny"]))
-    api = Api(state, AnswerDesk(Metrics(state)))
-    return [(m, r.path.replace("{id:path}", "x")) for r in routes(api) for m in sorted(r.methods)]
+    table = routes(Api(state, AnswerDesk(Metrics(state))), ModelApi(state))
+    return [(m, r.path.replace("{id:path}", "x")) for r in table for m in sorted(r.methods)]
 
 
 @pytest.mark.parametrize(("method", "path"), [*paths(), ("GET", "/nothing"), ("OPTIONS", "/v1")])

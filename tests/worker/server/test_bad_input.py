@@ -8,6 +8,7 @@ import openai
 import pytest
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+TOOL = {"type": "function", "function": {"name": "f"}}
 TEXT = {"model": "tiny", "prompt": "hi", "max_tokens": 4}
 
 
@@ -26,7 +27,38 @@ def error_of(reply):
 @pytest.mark.parametrize(
     ("change", "code", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
+        ({"tools": [{"type": "function"}]}, "invalid_value", "tools[0].function"),
+        ({"tools": [TOOL]}, "unsupported_parameter", "tools"),  # this template has no calls
+        ({"tools": [TOOL], "tool_choice": "some"}, "invalid_value", "tool_choice"),
+        ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "invalid_value",
+            "tool_choice",
+        ),
+        ({"guided_regex": "((("}, "invalid_value", "guided_regex"),
+        ({"guided_grammar": "start: nothing"}, "invalid_value", "guided_grammar"),
+        ({"guided_grammar": "root ::= ("}, "invalid_value", "guided_grammar"),
+        ({"guided_json": "no json"}, "invalid_value", "guided_json"),
+        ({"guided_json": {"type": "nonsense"}}, "invalid_value", "guided_json"),
+        ({"guided_json": "[" * 1000}, "invalid_value", "guided_json"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "invalid_value", "guided_choice"),
+        (
+            {"structured_outputs": {"regex": "a" * 70_000}},
+            "invalid_value",
+            "structured_outputs.regex",
+        ),
+        (
+            {"structured_outputs": {"structural_tag": "x"}},
+            "unsupported_parameter",
+            "structured_outputs.structural_tag",
+        ),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "invalid_value",
+            "response_format.json_schema",
+        ),
+        ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
         ({"n": 0}, "invalid_value", "n"),
         ({"n": 129}, "invalid_value", "n"),
         ({"logprobs": 3}, "invalid_value", "logprobs"),
@@ -50,7 +82,6 @@ def error_of(reply):
         ({"chat_template": "x"}, "unsupported_parameter", "chat_template"),
         ({"chat_template_kwargs": {"tools": 1}}, "invalid_value", "chat_template_kwargs.tools"),
         ({"nonsense": 1}, "unsupported_parameter", "nonsense"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"stream_options": {"x": 1}}, "unsupported_parameter", "stream_options.x"),
         ({"temperature": "hot"}, "invalid_value", "temperature"),
         ({"temperature": -1}, "invalid_value", "temperature"),

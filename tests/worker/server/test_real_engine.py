@@ -117,7 +117,7 @@ def test_missing_file_is_named(model, tmp_path, name):
 
 
 def test_model_length_above_the_models_own_is_refused(model):
-    status, log = run_to_end("--model", str(model), "--max-model-len", "1024")
+    status, log = run_to_end("--model", str(model), "--max-model-len", "4096")
     assert status == 2
-    assert "1024" in log
-    assert "512" in log
+    assert "4096" in log
+    assert "2048" in log

@@ -13,7 +13,7 @@ from tilefleet_worker.engine import Engine
 from tilefleet_worker.request import Delta, Request
 from tilefleet_worker.server.answer import Answer, Piece
 from tilefleet_worker.server.metrics import Metrics
-from tilefleet_worker.server.replies import ApiError, draining, internal_error
+from tilefleet_worker.server.replies import ApiError, draining, internal_error, not_ready
 
 
 class Job:
@@ -161,8 +161,3 @@ class AnswerDesk:
             queue = queues.get(delta.request_id)
             if queue is not None:
                 queue.put_nowait(delta)
-
-
-def not_ready() -> ApiError:
-    """503 for a worker that is still loading its model."""
-    return ApiError(503, "not_ready", "This worker is still loading its model: try again.", None, 5)

@@ -16,23 +16,24 @@ from tilefleet_worker.server.api import Api
 from tilefleet_worker.server.auth import KeyFile, RequireKey
 from tilefleet_worker.server.limits import Limits
 from tilefleet_worker.server.metrics import LIMITS, Metrics
+from tilefleet_worker.server.model_api import ModelApi
 from tilefleet_worker.server.outer import Outer
 from tilefleet_worker.server.replies import ApiError, error_response
 from tilefleet_worker.server.state import WorkerState
 from tilefleet_worker.server.stream import ClientGone
 
 
-def routes(api: Api) -> list[Route]:
+def routes(api: Api, model: ModelApi) -> list[Route]:
     """Every route of port 8000. Nothing here changes the engine; that is port 8001's."""
     return [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
-        Route("/v1/models", api.models, methods=["GET"]),
-        Route("/v1/models/{id:path}", api.model, methods=["GET"]),
-        Route("/tokenize", api.tokenize, methods=["POST"]),
-        Route("/detokenize", api.detokenize, methods=["POST"]),
-        Route("/health", api.health, methods=["GET"]),
-        Route("/version", api.version, methods=["GET"]),
+        Route("/v1/models", model.models, methods=["GET"]),
+        Route("/v1/models/{id:path}", model.model, methods=["GET"]),
+        Route("/tokenize", model.tokenize, methods=["POST"]),
+        Route("/detokenize", model.detokenize, methods=["POST"]),
+        Route("/health", model.health, methods=["GET"]),
+        Route("/version", model.version, methods=["GET"]),
     ]
 
 
@@ -40,7 +41,7 @@ def create_app(
     state: WorkerState, desk: AnswerDesk, metrics: Metrics, keys: KeyFile | None
 ) -> ASGIApp:
     """The application. keys: None leaves the API open to whoever reaches the port."""
-    table = routes(Api(state, desk))
+    table = routes(Api(state, desk), ModelApi(state))
     metrics.expect_routes({r.path: tuple(sorted(r.methods or ())) for r in table})
     app: ASGIApp = _starlette(table, metrics)
     app = Limits(app, metrics.limit)

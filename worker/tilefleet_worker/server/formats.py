@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tilefleet_worker.server.answer import Answer, Piece
 from tilefleet_worker.server.logprob_format import (
     CompletionLogprobs,
-    chat_logprobs,
     prompt_logprobs,
 )
 
@@ -33,46 +32,6 @@ class Format(Protocol):
 
     def whole(self, answer: Answer, piece: Piece) -> dict[str, Any]:
         """The choice of a complete answer, whose pieces are joined to one."""
-
-
-class ChatFormat:
-    """/v1/chat/completions."""
-
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-    id_prefix = "chatcmpl-"
-
-    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._logprobs = logprobs
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """The role, once."""
-        return [_chat_chunk(index, {"role": "assistant", "content": ""}, None)]
-
-    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
-        """Text in one event; the end in a further one with an empty delta."""
-        found = []
-        logprobs = self._logprobs_of(piece)
-        if piece.text or logprobs is not None:
-            found.append(_chat_chunk(piece.index, {"content": piece.text}, None, logprobs))
-        if piece.end is not None:
-            found.append(_chat_chunk(piece.index, {}, piece.end))
-        return found
-
-    def whole(self, answer: Answer, piece: Piece) -> dict[str, Any]:
-        """The message."""
-        choice = {
-            "index": piece.index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
-            "logprobs": self._logprobs_of(piece),
-            "finish_reason": piece.end,
-        }
-        return choice | _prompt_scores(self._tokenizer, answer, piece)
-
-    def _logprobs_of(self, piece: Piece) -> dict[str, Any] | None:
-        wanted = self._logprobs and piece.logprobs
-        return chat_logprobs(self._tokenizer, piece.logprobs) if wanted else None
 
 
 class TextFormat:
@@ -106,7 +65,7 @@ class TextFormat:
 
     def whole(self, answer: Answer, piece: Piece) -> dict[str, Any]:
         """The text."""
-        return self._choice(piece, answer.index) | _prompt_scores(self._tokenizer, answer, piece)
+        return self._choice(piece, answer.index) | prompt_scores(self._tokenizer, answer, piece)
 
     def _choice(self, piece: Piece, place: int) -> dict[str, Any]:
         return {
@@ -125,16 +84,11 @@ class TextFormat:
         return words.of((*piece.prompt_logprobs, *piece.logprobs), self._echoed[place])
 
 
-def _prompt_scores(tokenizer: Tokenizer, answer: Answer, piece: Piece) -> dict[str, Any]:
+def prompt_scores(tokenizer: Tokenizer, answer: Answer, piece: Piece) -> dict[str, Any]:
+    """`prompt_logprobs` of a choice, if they were asked for."""
     if not answer.shows_prompt_logprobs:
         return {}
     return {"prompt_logprobs": prompt_logprobs(tokenizer, piece.prompt_logprobs)}
-
-
-def _chat_chunk(
-    index: int, delta: Mapping[str, str], end: str | None, logprobs: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:

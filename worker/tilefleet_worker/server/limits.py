@@ -19,6 +19,7 @@ MAX_N = 128
 MAX_ANSWERS = 512  # of all prompts of one request together
 MAX_BAD_WORDS = 128
 MAX_BIASED_TOKENS = 300
+MAX_TOOLS = 128
 
 
 class Limits:

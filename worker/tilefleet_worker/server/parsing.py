@@ -23,6 +23,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
 }
 
+# Values in which null has a meaning: JSON schemas.
+_VERBATIM = frozenset({"response_format", "structured_outputs", "guided_json", "tools", "text"})
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -63,7 +66,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _without_absent(fields: dict[str, Any]) -> dict[str, Any]:
     """Drop what has no effect: null, the accepted fields, and neutral values of refused ones."""
     return {
-        name: _without_null(value)
+        name: value if name in _VERBATIM else _without_null(value)
         for name, value in fields.items()
         if value is not None
         and name not in ACCEPTED_WITHOUT_EFFECT

@@ -18,7 +18,10 @@ from tilefleet_worker.server.limits import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
+    MAX_TOOLS,
 )
+from tilefleet_worker.server.messages import Message, NamedTool, Tool
+from tilefleet_worker.server.structure import Structured
 
 # What clients of reasoning models hand to the template; everything else is the server's own.
 TemplateName = Literal["enable_thinking", "thinking", "preserve_thinking", "reasoning_effort"]
@@ -49,7 +52,7 @@ class StreamOptions(_Model):
     continuous_usage_stats: bool = False
 
 
-class Sampling(_Model):
+class Sampling(Structured):
     """Fields that chat and text completions share. Units: tokens, unless a name says otherwise."""
 
     model: str
@@ -62,7 +65,7 @@ class Sampling(_Model):
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
         BeforeValidator(_stops),
         Field(max_length=MAX_STOPS),
-    ] = []
+    ] = Field(default=[])
     stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOP_TOKEN_IDS)
     include_stop_str_in_output: bool = False
     n: int = Field(default=1, ge=1, le=MAX_N)
@@ -87,28 +90,6 @@ class Sampling(_Model):
     stream_options: StreamOptions = StreamOptions()
 
 
-class TextPart(_Model):
-    """One part of a message; text is the only kind."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Model):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it: text parts joined, `developer` as `system`."""
-        role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
-
-
 class ChatRequest(Sampling):
     """Body of POST /v1/chat/completions."""
 
@@ -116,7 +97,11 @@ class ChatRequest(Sampling):
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[TemplateName, Any] = {}
+    tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+    chat_template_kwargs: dict[TemplateName, Any] = Field(default={})
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 

@@ -70,6 +70,11 @@ def draining(retry_after_seconds: int = 1) -> ApiError:
     return ApiError(503, "draining", message, None, retry_after_seconds)
 
 
+def not_ready() -> ApiError:
+    """503 for a worker that is still loading its model."""
+    return ApiError(503, "not_ready", "This worker is still loading its model: try again.", None, 5)
+
+
 def error_body(error: RequestError) -> dict[str, Any]:
     """The `error` object of a reply or of a stream's error event."""
     return {

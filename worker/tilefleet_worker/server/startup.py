@@ -15,16 +15,21 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tilefleet_worker.config import ServeConfig, engine_config, resolve, usable_cpus
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import EngineError
+from tilefleet_worker.grammar import Grammars
 from tilefleet_worker.request import Delta, Request, SamplingParams
 from tilefleet_worker.server.answers import AnswerDesk
+from tilefleet_worker.server.conventions import Conventions
 from tilefleet_worker.server.state import Service, WorkerState
 from tilefleet_worker.sources import PROGRESS_SECONDS, fetch
+
+if TYPE_CHECKING:
+    from tilefleet_worker.tokenizer import Tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -112,7 +117,7 @@ class Startup:
             self._desk.connect(engine, loop)
         gc.freeze()  # the model's objects stay: the collector need not look at them again
         LOGGER.info("ready after %.1f s: %s", time.monotonic() - began, _shown(resolved))
-        return Service(resolved, engine, tokenizer, int(time.time()))
+        return _service(resolved, engine, tokenizer)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -146,6 +151,20 @@ def _post(
 
     with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
         loop.call_soon_threadsafe(deliver)
+
+
+def _service(config: ServeConfig, engine: Engine, tokenizer: Tokenizer) -> Service:
+    """The parts around a running engine."""
+    ends = engine.info.eos_token_ids or tuple(filter(None, [tokenizer.eos_token_id]))
+    template = tokenizer.chat_template
+    conventions = Conventions.of(
+        config.tool_call_parser,
+        config.reasoning_parser,
+        None if template is None else template.source,
+    )
+    LOGGER.info("tool calls: %s, reasoning: %s", conventions.tool_family, conventions.thinks)
+    grammars = Grammars(tokenizer.to_json(), engine.info.vocab_size, ends)
+    return Service(config, engine, tokenizer, grammars, conventions, int(time.time()))
 
 
 def self_test(engine: Engine) -> None:

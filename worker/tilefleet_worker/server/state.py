@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tilefleet_worker.config import ServeConfig
 from tilefleet_worker.engine import Engine
+from tilefleet_worker.grammar import Grammars
+from tilefleet_worker.server.conventions import Conventions
+from tilefleet_worker.server.replies import ApiError, draining, not_ready
 from tilefleet_worker.stats import EngineStats
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ class Service:
     config: ServeConfig
     engine: Engine
     tokenizer: Tokenizer
+    grammars: Grammars
+    conventions: Conventions
     created: int
     """Unix time at which the model became servable; /v1/models reports it."""
 
@@ -74,6 +79,26 @@ class WorkerState:
         self.service: Service | None = None
         self.draining = False
         self.accepting = True
+
+    def served(self) -> Service:
+        """The service. Raises ApiError 503 before the model is loaded."""
+        if self.service is None:
+            raise not_ready()
+        return self.service
+
+    def admit(self, model: str) -> Service:
+        """The service for a new generation, or the ApiError that says why there is none now."""
+        if not self.accepting:
+            raise draining()
+        service = self.served()
+        self.check_model(model)
+        return service
+
+    def check_model(self, model: str | None) -> None:
+        """Raise ApiError 404 for another model than the served one; None asks for no name."""
+        if model is not None and model != self.model_name:
+            message = f"Model {model!r} is not served here: use {self.model_name!r}."
+            raise ApiError(404, "model_not_found", message, "model")
 
     def begin_phase(self, phase: str) -> None:
         """Note that a start phase begins. Any thread."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from tilefleet_worker.request import MAX_SEED, Request, SamplingParams
+from tilefleet_worker.request import MAX_SEED, Request, SamplingParams, TokenConstraint
 from tilefleet_worker.server.answer import Answer, AnswerOptions
 from tilefleet_worker.server.limits import MAX_ANSWERS
 from tilefleet_worker.server.protocol import ChatRequest, CompletionRequest, Sampling
@@ -31,6 +32,19 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one HTTP request asks of the engine, besides the fields of its body."""
+
+    prompts: Sequence[Prompt]
+    default_max_tokens: int
+    """For a body that names no max_tokens."""
+    make_constraint: Callable[[], TokenConstraint] | None = None
+    skip_special_tokens: bool = True
+    num_best: int | None = None
+    """Show only that many answers to each prompt."""
 
 
 def sampling_params(service: Service, body: Sampling, default_max_tokens: int) -> SamplingParams:
@@ -109,27 +123,27 @@ def _check_completion(body: CompletionRequest) -> int:
 
 
 def answers(
-    service: Service,
-    body: Sampling,
-    params: SamplingParams,
-    prompts: Sequence[Prompt],
-    name: str,
-    caller: Caller,
+    service: Service, body: Sampling, asked: Asked, name: str, caller: Caller
 ) -> list[Answer]:
     """The answers of one HTTP request: n, or best_of, for each prompt, in order of the prompts."""
+    params = sampling_params(service, body, asked.default_max_tokens)
     num_each = getattr(body, "best_of", None) or body.n
     now, salt = time.monotonic(), caller.salt(body.cache_salt)
+    detokenizer = partial(
+        service.tokenizer.detokenizer, skip_special_tokens=asked.skip_special_tokens
+    )
     made: list[Answer] = []
-    for prompt in prompts:
+    for prompt in asked.prompts:
+        options = _options(service, body, prompt)
         for sibling in range(num_each):
             index = len(made)
             own = replace(params, seed=_sibling_seed(params.seed, sibling))
-            request = Request(f"{name}-{index}", prompt.token_ids, own, now, salt)
-            detokenizer = service.tokenizer.detokenizer(
-                skip_special_tokens=body.skip_special_tokens
+            constraint = asked.make_constraint() if asked.make_constraint else None
+            request = Request(
+                f"{name}-{index}", prompt.token_ids, own, now, salt, constraint=constraint
             )
-            options = _options(service, body, prompt)
-            made.append(Answer(index, request, detokenizer, options, counts_prompt=sibling == 0))
+            first = sibling == 0
+            made.append(Answer(index, request, detokenizer(), options, counts_prompt=first))
     return made
 
 

@@ -1,0 +1,89 @@
+"""The handlers of port 8000 that generate nothing: models, the tokenizer, health, version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from tilefleet_worker.server.conversation import compute
+from tilefleet_worker.server.parsing import parse
+from tilefleet_worker.server.protocol import DetokenizeRequest, TokenizeRequest
+from tilefleet_worker.server.replies import invalid_value
+from tilefleet_worker.server.state import Service, WorkerState
+
+
+def version() -> str:
+    """Version of the installed package."""
+    try:
+        return importlib.metadata.version("tilefleet")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+class ModelApi:
+    """Handlers over one worker's state."""
+
+    def __init__(self, state: WorkerState) -> None:
+        self._state = state
+
+    async def models(self, http: HttpRequest) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._model(self._state.served())]})
+
+    async def model(self, http: HttpRequest) -> Response:
+        """GET /v1/models/{id}."""
+        service = self._state.served()
+        self._state.check_model(http.path_params["id"])
+        return JSONResponse(self._model(service))
+
+    async def tokenize(self, http: HttpRequest) -> Response:
+        """POST /tokenize."""
+        body = parse(TokenizeRequest, await http.body())
+        service = self._state.served()
+        self._state.check_model(body.model)
+
+        def encode() -> list[int]:
+            return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+
+        tokens = await compute(len(body.prompt), encode)
+        most = service.config.max_model_len
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
+
+    async def detokenize(self, http: HttpRequest) -> Response:
+        """POST /detokenize."""
+        body = parse(DetokenizeRequest, await http.body())
+        tokenizer = self._state.served().tokenizer
+        self._state.check_model(body.model)
+        for index, token_id in enumerate(body.tokens):
+            if token_id >= tokenizer.vocab_size:
+                rule = f"the vocabulary has {tokenizer.vocab_size} tokens"
+                raise invalid_value(f"tokens[{index}]", f"Token id {token_id} is unknown: {rule}.")
+
+        def decode() -> str:
+            return tokenizer.decode(body.tokens, skip_special_tokens=False)
+
+        return JSONResponse({"prompt": await compute(len(body.tokens), decode)})
+
+    async def health(self, http: HttpRequest) -> Response:
+        """GET /health: the same answer as the readiness probe."""
+        reason = self._state.why_not_ready()
+        return Response(status_code=200 if reason is None else 503)
+
+    async def version(self, http: HttpRequest) -> Response:
+        """GET /version."""
+        return JSONResponse({"version": version()})
+
+    def _model(self, service: Service) -> dict[str, Any]:
+        name = self._state.model_name
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "tilefleet",
+            "root": name,
+            "parent": None,
+            "max_model_len": service.config.max_model_len,
+        }
