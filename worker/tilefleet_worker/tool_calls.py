@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 
+from tilefleet_worker.json_end import JsonEnd
 from tilefleet_worker.output_parser import CallArguments, CallBegins, Part, Said, open_prefix
 
 _HEAD = re.compile(
@@ -18,38 +19,6 @@ _HEAD = re.compile(
 # A head that is longer is left to the end of the call: looking again and again costs.
 _MAX_HEAD = 1024
 _NAME = re.compile(r"([A-Za-z0-9_.\-]+)\s*(?:\[CALL_ID\][A-Za-z0-9]*\s*)?(?:\[ARGS\])?\s*$")
-
-
-class JsonEnd:
-    """Finds where an object or array ends that arrives in pieces."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-
-    def push(self, text: str) -> int | None:
-        """Characters of this text up to the value's end, or None when it goes on."""
-        for place, character in enumerate(text):
-            if self._in_string:
-                self._string(character)
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return place + 1
-        return None
-
-    def _string(self, character: str) -> None:
-        if self._escaped:
-            self._escaped = False
-        elif character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._in_string = False
 
 
 class _Call:
