@@ -218,10 +218,17 @@ def engine_config(config: ServeConfig, *, num_cpus: int) -> EngineConfig:
     )
 
 
-def resolve(config: ServeConfig, *, model_max_len: int, num_cpus: int) -> ServeConfig:
+def resolve(
+    config: ServeConfig,
+    *,
+    model_max_len: int,
+    num_cpus: int,
+    conventions: tuple[str, str] = ("none", "none"),
+) -> ServeConfig:
     """A new config without "auto" or 0: what the worker really does, shown at /stats.
 
     model_max_len: positions of the model's config.json, tokens. num_cpus: usable cores. Pure.
+    conventions: what auto found for --tool-call-parser and --reasoning-parser.
     Raises ConfigError when --max-model-len exceeds the model's positions.
     """
     engine = engine_config(config, num_cpus=num_cpus).resolve(model_max_len=model_max_len)
@@ -232,6 +239,8 @@ def resolve(config: ServeConfig, *, model_max_len: int, num_cpus: int) -> ServeC
         backend=engine.backend,
         dtype=engine.dtype,
         threads=engine.threads,
+        tool_call_parser=conventions[0],
+        reasoning_parser=conventions[1],
     )
 
 

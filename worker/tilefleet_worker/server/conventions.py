@@ -24,3 +24,8 @@ class Conventions:
         if reasoning_parser == "auto":
             thinks = BEGIN in source or END in source
         return cls(None if family == "none" else family, thinks)
+
+    @property
+    def flags(self) -> tuple[str, str]:
+        """The values of the two flags that `auto` came to."""
+        return self.tool_family or "none", "think" if self.thinks else "none"

@@ -111,13 +111,20 @@ class Startup:
         self._state.begin_phase("weights")
         options = engine_config(config, num_cpus=num_cpus)
         engine = build(folder, options, on_phase=self._state.end_phase, on_progress=_Progress())
-        resolved = resolve(config, model_max_len=engine.info.max_model_len, num_cpus=num_cpus)
+        conventions = _conventions(config, tokenizer)
+        resolved = resolve(
+            config,
+            model_max_len=engine.info.max_model_len,
+            num_cpus=num_cpus,
+            conventions=conventions.flags,
+        )
         with self._phase("warmup"):
             self_test(engine)
             self._desk.connect(engine, loop)
         gc.freeze()  # the model's objects stay: the collector need not look at them again
         LOGGER.info("ready after %.1f s: %s", time.monotonic() - began, _shown(resolved))
-        return _service(resolved, engine, tokenizer)
+        grammars = _grammars(engine, tokenizer)
+        return Service(resolved, engine, tokenizer, grammars, conventions, int(time.time()))
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -153,18 +160,15 @@ def _post(
         loop.call_soon_threadsafe(deliver)
 
 
-def _service(config: ServeConfig, engine: Engine, tokenizer: Tokenizer) -> Service:
-    """The parts around a running engine."""
-    ends = engine.info.eos_token_ids or tuple(filter(None, [tokenizer.eos_token_id]))
+def _conventions(config: ServeConfig, tokenizer: Tokenizer) -> Conventions:
     template = tokenizer.chat_template
-    conventions = Conventions.of(
-        config.tool_call_parser,
-        config.reasoning_parser,
-        None if template is None else template.source,
-    )
-    LOGGER.info("tool calls: %s, reasoning: %s", conventions.tool_family, conventions.thinks)
-    grammars = Grammars(tokenizer.to_json(), engine.info.vocab_size, ends)
-    return Service(config, engine, tokenizer, grammars, conventions, int(time.time()))
+    source = None if template is None else template.source
+    return Conventions.of(config.tool_call_parser, config.reasoning_parser, source)
+
+
+def _grammars(engine: Engine, tokenizer: Tokenizer) -> Grammars:
+    ends = engine.info.eos_token_ids or tuple(filter(None, [tokenizer.eos_token_id]))
+    return Grammars(tokenizer.to_json(), engine.info.vocab_size, ends)
 
 
 def self_test(engine: Engine) -> None:
@@ -192,6 +196,7 @@ def self_test(engine: Engine) -> None:
 def _shown(config: ServeConfig) -> str:
     return (
         f"{config.served_model_name} on {config.backend}, {config.dtype}, "
-        f"{config.threads} threads, "
+        f"{config.threads} threads, tool calls {config.tool_call_parser}, "
+        f"reasoning {config.reasoning_parser}, "
         f"{config.max_model_len} tokens, {config.kv_cache_memory / 2**20:.0f} MiB of KV cache"
     )
