@@ -1,7 +1,8 @@
 """The engine on the GPU at hand: check it, then measure it; JSON lines, one call.
 
 Random bf16 weights made on the device, so it needs no files and no network. Phases run in order,
-each guarded: what fails is a line too, and the rest goes on. Floor of a decode step: every weight
+each guarded: what fails is a line too, and the rest goes on; each model has a process of its own,
+because a fault on the device ends everything in it. Floor of a decode step: every weight
 but the input embedding, and the KV of all contexts, over the measured copy rate.
 """
 
@@ -419,9 +420,50 @@ class Phases:
         except Exception as error:
             emit(name, error=f"{type(error).__name__}: {error}"[:400])
             traceback.print_exc()
+            if isinstance(error, torch.AcceleratorError):
+                raise SystemExit(3) from error  # nothing works after it in this process
             return None
         print(f"# {name}: {time.monotonic() - began:.1f} s", flush=True)
         return result
+
+
+def check_phases(phases: Phases, rate: float) -> None:
+    del rate
+    phases.run("check fused kernels", check_kernels)
+    setup = phases.run("start check", Setup, "check")
+    if setup is not None:
+        phases.run("check greedy tokens", check_tokens, setup)
+        phases.run("check batch invariance", check_invariance, setup)
+
+
+def model_phases(name: str, batches: str, phases: Phases, rate: float) -> None:
+    setup = phases.run(f"start {name}", Setup, name)
+    if setup is None:
+        return
+    for batch in map(int, batches.split(",")):
+        phases.run(f"load {name} {batch}", measure_load, setup, batch, rate)
+    phases.run(f"prefill {name} 8192", measure_prefill, setup, 1, 8192)
+    phases.run(f"launches {name}", check_launches, setup)
+    phases.run(f"products {name}", measure_products, setup, rate)
+    phases.run(f"invariance {name}", check_invariance, setup)
+
+
+def in_child(part: str, args: argparse.Namespace, rate: float) -> None:
+    """Run one part in a process of its own: a fault on the device ends that process's context."""
+    left = args.budget_seconds - (time.monotonic() - START)
+    if left <= 0:
+        emit(part, skipped="budget")
+        return
+    command = [
+        sys.executable, str(Path(__file__).resolve()), "--part", part, "--rate", str(rate),
+        "--batches", args.batches, "--budget-seconds", str(left),
+    ]  # fmt: skip
+    try:
+        code = subprocess.run(command, timeout=left + 30).returncode
+    except subprocess.TimeoutExpired:
+        code = -1
+    if code:
+        emit(part, error=f"the process of this part ended with status {code}")
 
 
 def main() -> None:
@@ -430,9 +472,18 @@ def main() -> None:
     parser.add_argument("--models", default="llama-3.1-8b,qwen3-0.6b")
     parser.add_argument("--batches", default="1,8,64,256")
     parser.add_argument("--skip-checks", action="store_true")
+    parser.add_argument("--part", default="", help="check, or one model; used for child processes")
+    parser.add_argument("--rate", type=float, default=0.0, help="copy rate in bytes/s, for --part")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_engine: no GPU here, nothing measured", file=sys.stderr)
+        return
+    if args.part:
+        phases = Phases(args.budget_seconds)
+        if args.part == "check":
+            check_phases(phases, args.rate)
+        else:
+            model_phases(args.part, args.batches, phases, args.rate)
         return
     import triton
 
@@ -443,29 +494,11 @@ def main() -> None:
         "device", device=torch.cuda.get_device_name(), torch=torch.__version__,
         triton=triton.__version__, commit=commit.stdout.strip(), copy_gb_s=round(rate / 1e9),
     )  # fmt: skip
-    phases = Phases(args.budget_seconds)
+    parts = [] if args.skip_checks else ["check"]
+    for part in [*parts, *args.models.split(",")]:
+        in_child(part, args, rate)
     if not args.skip_checks:
-        phases.run("check fused kernels", check_kernels)
-        setup = phases.run("start check", Setup, "check")
-        if setup is not None:
-            phases.run("check greedy tokens", check_tokens, setup)
-            phases.run("check batch invariance", check_invariance, setup)
-        del setup
-        torch.cuda.empty_cache()
-    for name in args.models.split(","):
-        setup = phases.run(f"start {name}", Setup, name)
-        if setup is None:
-            continue
-        for batch in map(int, args.batches.split(",")):
-            phases.run(f"load {name} {batch}", measure_load, setup, batch, rate)
-        phases.run(f"prefill {name} 8192", measure_prefill, setup, 1, 8192)
-        phases.run(f"launches {name}", check_launches, setup)
-        phases.run(f"products {name}", measure_products, setup, rate)
-        phases.run(f"invariance {name}", check_invariance, setup)
-        del setup
-        torch.cuda.empty_cache()
-    if not args.skip_checks:
-        phases.run("check attention", check_attention)
+        Phases(args.budget_seconds).run("check attention", check_attention)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tilefleet_worker.attention.triton.prefill import query_tiles
 from tilefleet_worker.graphs import padded_sizes
 from tilefleet_worker.request import SamplingParams
 from tilefleet_worker.step import StepPlan, StepRow
-from tilefleet_worker.step_inputs import InputBuffer, lay_out
+from tilefleet_worker.step_inputs import InputBuffer, Staging, StepTooLargeError, lay_out
 
 CASES = Path(__file__).with_name("fused_kernel_cases.py")
 PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
@@ -82,6 +83,52 @@ def test_inputs_of_one_padded_size_stay_in_one_place_and_hide_the_padding() -> N
     assert again.token_ids.data_ptr() == first.token_ids.data_ptr()
     assert again.paged.block_table.data_ptr() == first.paged.block_table.data_ptr()
     assert again.paged.context_lens.tolist() == [1, 2, 3, 4]
+
+
+def test_a_step_never_fills_the_host_buffer_that_the_step_before_may_still_be_sent_from() -> None:
+    staging = Staging(8, torch.device("cpu"))
+    first = staging.host()
+    first[:4] = 1
+    sent = staging.send([slice(0, 4)])[0]
+    second = staging.host()
+    assert not np.shares_memory(first, second)
+    second[:4] = 2
+    assert sent.tolist() == [1, 1, 1, 1]
+    assert staging.send([slice(0, 4)])[0].tolist() == [2, 2, 2, 2]
+    assert np.shares_memory(staging.host(), first)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ((row("a", 0, tuple(range(9)), (1, 2, 3)),), "9 tokens.*built for 8"),
+        ((row("a", 16, (1,), (1, 2, 3, 4, 5)),), "5 blocks of a request.*built for 4"),
+        (tuple(row(str(i), 0, (1,), (i,)) for i in range(4)), "4 rows.*built for 3"),
+    ],
+)
+def test_a_step_larger_than_the_buffer_is_refused(step: tuple[StepRow, ...], said: str) -> None:
+    arrays = lay_out(StepPlan.of(step), 4)
+    buffer = InputBuffer(8, 3, 4, 16, torch.device("cpu"))
+    with pytest.raises(StepTooLargeError, match=said):
+        buffer.mixed(arrays)
+    if arrays.decode_only:
+        with pytest.raises(StepTooLargeError, match=said):
+            buffer.decode(arrays, arrays.num_rows)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_the_largest_step_fits_the_buffer(scored: bool) -> None:
+    rows = tuple(
+        row(str(i), 0, tuple(range(n)), (4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3))
+        for i, n in enumerate((11, 1, 4))
+    )
+    if scored:
+        rows = tuple(replace(one, targets=one.token_ids[1:]) for one in rows)
+    inputs = InputBuffer(16, 3, 4, 4, torch.device("cpu")).mixed(lay_out(StepPlan.of(rows), 4))
+    assert inputs.logits_index is not None
+    assert len(inputs.logits_index) == (16 if scored else 3)
+    assert inputs.paged.tiles is not None
+    assert len(inputs.paged.tiles) == 4
 
 
 def test_tiles_cover_every_query_once_longest_context_first() -> None:

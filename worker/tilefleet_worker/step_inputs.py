@@ -79,6 +79,54 @@ def _lay_out_rows(plan: StepPlan, width: int, block_size: int) -> StepArrays:
     )  # fmt: skip
 
 
+class StepTooLargeError(IndexError):
+    """A step does not fit what the runner was built for: scheduler and runner disagree."""
+
+
+class Staging:
+    """Pinned host buffers in turn before one device buffer, all int32.
+
+    A copy waits behind the kernels launched before it, so its host buffer must stay as it is until
+    the device has read it. Two, each with an event: the host fills one while the other is read. The
+    device buffer needs no second one, since its readers and its next copy are on one stream.
+    """
+
+    _TURNS = 2
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._hosts = [
+            torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(self._TURNS)
+        ]
+        self._read: list[torch.cuda.Event | None] = [None] * self._TURNS
+        self._turn = 0
+        self._on_gpu = on_gpu
+        self._device = torch.zeros(size, dtype=torch.int32, device=device)
+
+    def host(self) -> npt.NDArray[np.int32]:
+        """The buffer to fill for the next `send`. Waits until the device has read it."""
+        read = self._read[self._turn]
+        if read is not None:
+            read.synchronize()
+        buffer: npt.NDArray[np.int32] = self._hosts[self._turn].numpy()
+        return buffer
+
+    def send(self, parts: list[slice]) -> list[torch.Tensor]:
+        """Copy what was filled, up to the end of the last part. Returns the parts on the device."""
+        end = parts[-1].stop
+        if end > len(self._device):
+            raise StepTooLargeError(
+                f"the inputs of a step take {end} values, but the buffer has {len(self._device)}"
+            )
+        self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
+        if self._on_gpu:
+            event = self._read[self._turn] or torch.cuda.Event()
+            event.record()  # type: ignore[no-untyped-call]
+            self._read[self._turn] = event
+        self._turn = (self._turn + 1) % self._TURNS
+        return [self._device[part] for part in parts]
+
+
 class InputBuffer:
     """Inputs of a step in one int32 buffer on host and device: one copy a step.
 
@@ -91,37 +139,40 @@ class InputBuffer:
     ) -> None:
         self._width = max_blocks
         self._tile_rows = tile_rows
+        self._limits = (max_tokens, max_rows, max_blocks)
         most_tiles = max_tokens // tile_rows + max_rows
-        size = 3 * max_tokens + (2 + max_blocks) * max_rows + 4 * most_tiles
-        pinned = device.type == "cuda"
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
-        self._numpy = self._host.numpy()
-        self._device = torch.zeros(size, dtype=torch.int32, device=device)
+        # Logits are wanted of any token of a scored prompt; each part may be padded by 3.
+        size = 4 * max_tokens + (2 + max_blocks) * max_rows + 4 * most_tiles + 3 * 7
+        self._staging = Staging(size, device)
 
     def decode(self, arrays: StepArrays | None, padded_rows: int) -> StepInputs:
         """Send decodes, padded to a number of rows; None sends padding alone, for a capture."""
         count = padded_rows
-        parts = self._parts((count, count, count, count, count * self._width))
-        token_ids, positions, slots, contexts, table = (self._numpy[part] for part in parts)
         rows = 0 if arrays is None else arrays.num_rows
+        self._check(arrays, count)
+        parts = self._parts((count, count, count, count, count * self._width))
+        host = self._staging.host()
+        token_ids, positions, slots, contexts, table = (host[part] for part in parts)
         for target, padding in ((token_ids, 0), (positions, 0), (slots, -1), (contexts, 0)):
             target[rows:] = padding
         if arrays is not None:
             token_ids[:rows], positions[:rows] = arrays.token_ids, arrays.positions
             slots[:rows], contexts[:rows] = arrays.slots, arrays.context_lens
             table.reshape(count, -1)[:rows, : arrays.block_table.shape[1]] = arrays.block_table
-        views = self._send(parts)
+        views = self._staging.send(parts)
         paged = PagedBatch(count, views[4].view(count, -1), views[3], None)
         return StepInputs(views[0], views[1], views[2], paged, None)
 
     def mixed(self, arrays: StepArrays) -> StepInputs:
         """Send rows of any lengths as they are."""
         tokens, rows, index = len(arrays.token_ids), arrays.num_rows, arrays.logits_index
+        self._check(arrays, rows)
         logits = 0 if index is None else len(index)
         lengths = np.where(np.arange(rows) < arrays.num_decodes, 0, arrays.lengths)
         tiles = query_tiles(lengths, arrays.context_lens, self._tile_rows, arrays.num_decodes)
         sizes = (tokens, tokens, tokens, rows, rows * self._width, logits, tiles.size)
         parts = self._parts(sizes)
+        host = self._staging.host()
         for part, values in zip(
             parts,
             (arrays.token_ids, arrays.positions, arrays.slots, arrays.context_lens, None,
@@ -129,10 +180,10 @@ class InputBuffer:
             strict=True,
         ):  # fmt: skip
             if values is not None:
-                self._numpy[part] = values
-        table = self._numpy[parts[4]].reshape(rows, -1)
+                host[part] = values
+        table = host[parts[4]].reshape(rows, -1)
         table[:, : arrays.block_table.shape[1]] = arrays.block_table
-        views = self._send(parts)
+        views = self._staging.send(parts)
         paged = PagedBatch(
             arrays.num_decodes, views[4].view(rows, -1), views[3],
             views[6].view(-1, 4) if tiles.size else None,
@@ -148,7 +199,15 @@ class InputBuffer:
             at += -(-size // 4) * 4
         return parts
 
-    def _send(self, parts: list[slice]) -> list[torch.Tensor]:
-        end = parts[-1].stop
-        self._device[:end].copy_(self._host[:end], non_blocking=True)
-        return [self._device[part] for part in parts]
+    def _check(self, arrays: StepArrays | None, rows: int) -> None:
+        """Raise StepTooLargeError when the step has more than the buffer was made for."""
+        tokens = width = 0
+        if arrays is not None:
+            tokens, width = len(arrays.token_ids), arrays.block_table.shape[1]
+        found = (max(tokens, rows), rows, width)
+        names = ("tokens", "rows", "blocks of a request")
+        for name, value, limit in zip(names, found, self._limits, strict=True):
+            if value > limit:
+                raise StepTooLargeError(
+                    f"a step has {value} {name}, but the runner was built for {limit}"
+                )
