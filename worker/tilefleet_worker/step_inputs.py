@@ -120,8 +120,8 @@ class Staging:
             )
         self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
         if self._on_gpu:
-            event = self._read[self._turn] or torch.cuda.Event()
-            event.record()  # type: ignore[no-untyped-call]
+            event = self._read[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
             self._read[self._turn] = event
         self._turn = (self._turn + 1) % self._TURNS
         return [self._device[part] for part in parts]
