@@ -154,6 +154,14 @@ class AcceleratorSpec(Model):
         return (own, *others)
 
 
+class Balloon(Model):
+    """Pods of a replica's shape, of lower priority, that hold warm places."""
+
+    replicas: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=0, description="Places to hold; a replica takes one at once, and a node comes."
+    )
+
+
 class Capacity(Model):
     """How the fleet lives with the cluster's node autoscaler."""
 
@@ -164,3 +172,4 @@ class Capacity(Model):
         default=False,
         description="Nor afterwards. Else an eviction drains it, inside its PodDisruptionBudget.",
     )
+    balloon: Balloon = Field(default_factory=Balloon, description="Warm places.")

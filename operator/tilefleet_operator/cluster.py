@@ -17,6 +17,8 @@ from tilefleet_operator.observed import (
     DEVICE_PREFIX,
     DRAINING,
     LABEL_DEPLOYMENT,
+    LABEL_ROLE,
+    ROLE_WORKER,
     History,
     MissingStats,
     NodeView,
@@ -203,6 +205,7 @@ class Cluster:
                 pod
                 for pod in self.pods(deployment)
                 if pod.owner_uid == deployment.uid
+                and pod.labels.get(LABEL_ROLE) == ROLE_WORKER
                 and pod.ip and not pod.terminating and not pod.finished
                 and (pod.state == DRAINING or pod.ready)
             )  # fmt: skip

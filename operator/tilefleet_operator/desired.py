@@ -53,6 +53,7 @@ class Defaults:
     network_policy: whether fleets get one. admin_from: namespaces and address blocks (CIDR) that
     may reach the admin port beside the operator's namespace. device_groups: host groups that own
     the GPU devices, such as render and video; their ids differ between distributions.
+    balloon_priority_class: below the priority of every replica.
     """
 
     worker_image: str = ""
@@ -63,6 +64,7 @@ class Defaults:
     network_policy: bool = True
     admin_from: tuple[str, ...] = ()
     device_groups: tuple[int, ...] = ()
+    balloon_priority_class: str = "tilefleet-balloon"
 
 
 def selector(deployment: InferenceDeployment) -> str:

@@ -25,6 +25,7 @@ from tilefleet_operator.pods import (
     LABEL_REVISION,
     LABEL_ROLE,
     LABEL_STATE,
+    ROLE_BALLOON,
     ROLE_WORKER,
     Exit,
     PodView,
@@ -58,6 +59,7 @@ __all__ = [
     "LABEL_REVISION",
     "LABEL_ROLE",
     "LABEL_STATE",
+    "ROLE_BALLOON",
     "ROLE_WORKER",
     "Counters",
     "Exit",
@@ -101,10 +103,13 @@ class Snapshot:
 
 
 def device_use(pods: tuple[PodView, ...]) -> dict[str, dict[str, float]]:
-    """AMD devices asked for, node name → resource name → count, by pods that have not ended."""
+    """AMD devices asked for, node name → resource name → count, by pods that have not ended.
+
+    Balloons hold nothing: whoever needs their place gets it.
+    """
     used: dict[str, dict[str, float]] = {}
     for pod in pods:
-        if pod.node is None or pod.finished:
+        if pod.node is None or pod.finished or pod.labels.get(LABEL_ROLE) == ROLE_BALLOON:
             continue
         for name, amount in pod.requests.items():
             if name.startswith(DEVICE_PREFIX):

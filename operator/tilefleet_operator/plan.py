@@ -17,6 +17,7 @@ from tilefleet_operator import desired, devices, history, status
 from tilefleet_operator.actions import Action, Apply, Delete, Drain, Plan
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.autoscale import STALE_SECONDS, Decision, Policy, decide
+from tilefleet_operator.balloons import balloons
 from tilefleet_operator.capacity import shortage
 from tilefleet_operator.children import children, names
 from tilefleet_operator.conditions import Facts, conditions, unknown
@@ -77,7 +78,8 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
         repairs = upkeep(snapshot, wanted, names(deployment))
         leaving = {removal.pod.uid for removal in step.removals}
         marks = [m for m in protections(snapshot, pods) if m.body["metadata"]["uid"] not in leaving]
-        acts = [*drained, *removals, *given.deletes, *recording, *adding, *marks, *repairs]
+        warm = list(balloons(snapshot, revision.name, fit, used, now)) if safe else []
+        acts = [*drained, *removals, *given.deletes, *recording, *adding, *warm, *marks, *repairs]
         actions = _ordered(acts)
         draining = bool(pods.draining) or any(isinstance(a, Drain) for a in actions)
         waits += [step.wait_seconds, DRAIN_POLL_SECONDS if draining else None]

@@ -24,7 +24,7 @@ ANNOTATION_ACCELERATOR = f"{GROUP}/accelerator"
 ANNOTATION_PLACEMENT = f"{GROUP}/placement"
 ANNOTATION_AVOID = f"{GROUP}/avoid-nodes"
 ACTIVE, DRAINING = "active", "draining"
-ROLE_WORKER = "worker"
+ROLE_WORKER, ROLE_BALLOON = "worker", "balloon"
 
 
 @dataclass(frozen=True)

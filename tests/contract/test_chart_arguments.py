@@ -54,6 +54,7 @@ def test_default_arguments_parse() -> None:
     assert parsed.watch_namespaces == ""
     assert parsed.hf_endpoint == ""
     assert (parsed.admin_from, parsed.device_groups) == (("monitoring",), ())
+    assert parsed.balloon_priority_class == "tilefleet-system-tilefleet-balloon"
 
 
 def test_network_policies_of_fleets_can_be_switched_off() -> None:

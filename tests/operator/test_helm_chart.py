@@ -90,6 +90,7 @@ def test_every_object_follows_the_kubernetes_schema() -> None:
         "NetworkPolicy",
         "Pod",
         "PodDisruptionBudget",
+        "PriorityClass",
         "Role",
         "RoleBinding",
         "ServiceAccount",

@@ -79,6 +79,7 @@ EDITS: dict[str, Any] = {
     "autoscaling.scaleDown.window": "90s",
     "autoscaling.scaleDown.stepPercent": 50,
     "autoscaling.scaleDown.interval": "9s",
+    "capacity.balloon.replicas": 1,
     "capacity.protectStartup": False,
     "capacity.protectServing": True,
     "monitoring.podMonitor": "disabled",

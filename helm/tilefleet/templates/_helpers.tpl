@@ -60,6 +60,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* Cluster-scoped: the namespace keeps two releases of one name apart. */}}
+{{- define "tilefleet.balloonPriorityClass" -}}
+{{- default (printf "%s-%s-balloon" .Release.Namespace (include "tilefleet.operatorName" . | trimSuffix "-operator") | trimPrefix "-") .Values.workers.balloon.priorityClassName -}}
+{{- end -}}
+
 {{/* What the operator does inside the namespaces that it watches. */}}
 {{- define "tilefleet.namespacedRules" -}}
 - apiGroups: [tilefleet.io]

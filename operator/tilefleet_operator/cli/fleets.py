@@ -9,6 +9,8 @@ from tilefleet_operator.cli.connection import Connection
 from tilefleet_operator.errors import ConfigInvalid, Forbidden, NotFound, SpecInvalid
 from tilefleet_operator.observed import (
     LABEL_DEPLOYMENT,
+    LABEL_ROLE,
+    ROLE_BALLOON,
     MissingStats,
     NodeView,
     PodView,
@@ -121,7 +123,9 @@ def _view(body: Mapping[str, Any], pods: Sequence[PodView]) -> FleetView:
     own = [
         pod
         for pod in pods
-        if pod.namespace == deployment.namespace and pod.owner_uid == deployment.uid
+        if pod.namespace == deployment.namespace
+        and pod.owner_uid == deployment.uid
+        and pod.labels.get(LABEL_ROLE) != ROLE_BALLOON
     ]
     created = timestamp(body["metadata"]["creationTimestamp"])
     return FleetView(deployment, tuple(sorted(own, key=lambda p: (p.created, p.name))), created)

@@ -36,6 +36,10 @@ def add(commands: Any) -> None:
         help="ids of the host's groups that own the GPU devices (render, video)",
     )  # fmt: skip
     parser.add_argument(
+        "--balloon-priority-class", default="tilefleet-balloon", metavar="NAME",
+        help="PriorityClass of pods that hold warm places (spec.capacity.balloon)",
+    )  # fmt: skip
+    parser.add_argument(
         "--watch-namespaces", default="", metavar="A,B", help="only these; default: all"
     )
     parser.add_argument("--probe-port", type=int, default=8080, help="/healthz and /readyz")
@@ -83,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             network_policy=arguments.worker_network_policy,
             admin_from=arguments.admin_from,
             device_groups=arguments.device_groups,
+            balloon_priority_class=arguments.balloon_priority_class,
         ),
         lease_name=arguments.lease_name,
         watch_namespaces=_names(arguments.watch_namespaces),
