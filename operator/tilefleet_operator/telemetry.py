@@ -42,7 +42,7 @@ class Telemetry:
         prefix = "tilefleet_operator_"
         self.reconcile_seconds = Histogram(
             prefix + "reconcile_duration_seconds",
-            "Seconds of one gather, plan and apply, by result (ok, waiting, error).",
+            "Seconds of one gather, plan and execute, by result (ok, waiting, error).",
             ["result"],
             buckets=_FAST,
             registry=self.registry,
