@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tilefleet_worker.attention.base import AttentionSpec
@@ -32,6 +33,7 @@ from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.request import Request, SamplingParams
 from tilefleet_worker.scheduler import Scheduler
 from tilefleet_worker.step import StepPlan
+from tilefleet_worker.step_inputs import StepArrays
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 64
@@ -348,6 +350,24 @@ def measure_products(setup: Setup, rate: float) -> None:
         emit(f"products {setup.name} batch {batch}", us_and_share=row)
 
 
+def replay_seconds(setup: Setup, batch: int, context: int) -> float:
+    """Seconds of a captured decode step on the device alone, over contexts of this length."""
+    graphs, size = setup.runner._graphs, setup.runner._cache.block_size
+    if graphs is None:
+        return 0.0
+    width = -(-context // size)
+    table = np.arange(batch * width).reshape(batch, width) % setup.runner._cache.num_blocks
+    ones = np.ones(batch, np.int64)
+    arrays = StepArrays(
+        order=None, num_decodes=batch, token_ids=ones, positions=ones * (context - 1),
+        slots=-ones, context_lens=ones * context, lengths=ones, block_table=table,
+        logits_index=None,
+    )  # fmt: skip
+    padded = graphs.padded(batch)
+    setup.runner._inputs.decode(arrays, padded)
+    return device_seconds(graphs._graphs[padded][0].replay, 10)
+
+
 def measure_load(setup: Setup, batch: int, rate: float, length: int = 1024, out: int = 256) -> None:
     """All requests at once. The loop is scheduler, runner, commit, without server or text."""
     for repeat in range(2):  # the first warms up
@@ -373,8 +393,7 @@ def measure_load(setup: Setup, batch: int, rate: float, length: int = 1024, out:
         total = now - began
     floor = setup.step_bytes(batch, length + out // 2) / rate
     step = statistics.mean(full_steps)
-    graphs = setup.runner._graphs
-    device = device_seconds(graphs._graphs[graphs.padded(batch)][0].replay, 10) if graphs else 0.0
+    device = replay_seconds(setup, batch, length + out // 2)
     times = sorted(first.values())
     emit(
         f"load {setup.name} batch {batch} in {length} out {out}",
