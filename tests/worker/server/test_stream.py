@@ -13,7 +13,8 @@ from tilefleet_worker.config import parse_args
 from tilefleet_worker.request import Delta, Request, SamplingParams
 from tilefleet_worker.server.answer import Answer, Piece
 from tilefleet_worker.server.answers import AnswerDesk, Job
-from tilefleet_worker.server.formats import ChatFormat, Envelope, TextFormat, event
+from tilefleet_worker.server.chat_format import ChatFormat
+from tilefleet_worker.server.formats import Envelope, TextFormat, event
 from tilefleet_worker.server.metrics import Metrics
 from tilefleet_worker.server.protocol import StreamOptions
 from tilefleet_worker.server.replies import draining

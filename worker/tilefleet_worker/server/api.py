@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 import uuid
 
@@ -9,13 +10,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from tilefleet_worker.server.answers import AnswerDesk, Job
-from tilefleet_worker.server.chat_format import ChatFormat
+from tilefleet_worker.server.chat_format import ChatFormat, Reader
 from tilefleet_worker.server.conversation import check_size, compute, converse, make_constraint
-from tilefleet_worker.server.formats import Envelope, Format, TextFormat
+from tilefleet_worker.server.formats import Envelope, Format, TextFormat, joined
 from tilefleet_worker.server.parsing import parse
 from tilefleet_worker.server.protocol import ChatRequest, CompletionRequest, Sampling
+from tilefleet_worker.server.response_format import ResponseBuilder, ResponseStream
+from tilefleet_worker.server.response_request import ResponseRequest
 from tilefleet_worker.server.state import Service, WorkerState
-from tilefleet_worker.server.stream import EventStream, whole_reply
+from tilefleet_worker.server.stream import EventStream, whole_pieces, whole_reply
 from tilefleet_worker.server.structure import grammar_of
 from tilefleet_worker.server.submission import (
     Asked,
@@ -73,6 +76,25 @@ class Api:
             body.n if num_each > body.n else None,
         )
         return await self._reply(http, body, words, asked)
+
+    async def responses(self, http: HttpRequest) -> Response:
+        """POST /v1/responses."""
+        body = parse(ResponseRequest, await http.body())
+        service = self._state.admit(body.model)
+        chat = body.as_chat()
+        conversation = await converse(service, chat)
+        caller = Caller(getattr(http.state, "key_id", ""))
+        name = f"resp-{uuid.uuid4().hex}"
+        job = Job(self._desk, answers(service, chat, conversation.asked, name, caller))
+        reader = Reader(conversation.make_parser(), several_calls=body.parallel_tool_calls)
+        builder = ResponseBuilder(body, reader, self._state.model_name)
+        self._state.admit(body.model)
+        job.submit()
+        if body.stream:
+            return ResponseStream(job, builder)
+        [pieces] = await whole_pieces(job, http.receive)
+        collections.deque(builder.take(joined(pieces)), maxlen=0)
+        return JSONResponse(builder.response(job.usage()))
 
     async def _reply(
         self, http: HttpRequest, body: Sampling, words: Format, asked: Asked

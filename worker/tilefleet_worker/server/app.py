@@ -28,6 +28,7 @@ def routes(api: Api, model: ModelApi) -> list[Route]:
     return [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/v1/responses", api.responses, methods=["POST"]),
         Route("/v1/models", model.models, methods=["GET"]),
         Route("/v1/models/{id:path}", model.model, methods=["GET"]),
         Route("/tokenize", model.tokenize, methods=["POST"]),

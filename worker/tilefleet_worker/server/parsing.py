@@ -14,13 +14,18 @@ from pydantic import BaseModel, ValidationError
 
 from tilefleet_worker.server.replies import ApiError, invalid_value, unsupported
 
-ACCEPTED_WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "service_tier"})
+ACCEPTED_WITHOUT_EFFECT = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+)
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "priority": (0,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "continue_final_message": (False,),
+    "background": (False,),
+    "truncation": ("disabled",),
+    "include": ([],),
 }
 
 # Values in which null has a meaning: JSON schemas.

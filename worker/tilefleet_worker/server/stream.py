@@ -62,21 +62,16 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
-    """Streams a submitted job. Owns it: whatever happens, the job is closed."""
+class JobStream(Response):
+    """Streams a submitted job. Owns it: whatever happens, the job is closed.
 
-    def __init__(
-        self,
-        job: Job,
-        envelope: Envelope,
-        options: StreamOptions,
-        keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
-    ) -> None:
+    How the events are worded is up to the subclass.
+    """
+
+    def __init__(self, job: Job, keep_alive_seconds: float = KEEP_ALIVE_SECONDS) -> None:
         """keep_alive_seconds: an idle stream gets a comment line that often, for proxies."""
         super().__init__()
         self._job = job
-        self._envelope = envelope
-        self._options = options
         self._keep_alive_seconds = keep_alive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,24 +90,58 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
+        if opening := self.opening():
+            yield opening
         try:
-            opened: set[int] = set()
             async for piece in self._job.pieces(self._keep_alive_seconds):
-                data = KEEP_ALIVE if piece is None else self._piece(piece, opened)
+                data = KEEP_ALIVE if piece is None else self.written(piece)
                 if data:
                     yield data
         except ApiError as error:
-            yield event(error_body(error)) + DONE
+            yield self.failure(error)
         except Exception:
             LOGGER.exception("a stream failed")
-            yield event(error_body(internal_error())) + DONE
+            yield self.failure(internal_error())
         else:
-            yield self._last()
+            yield self.ending()
 
-    def _piece(self, piece: Piece, opened: set[int]) -> bytes:
+    def opening(self) -> bytes:
+        """Events before the first piece."""
+        return b""
+
+    def written(self, piece: Piece) -> bytes:
+        """Events of a piece; may be empty."""
+        raise NotImplementedError
+
+    def ending(self) -> bytes:
+        """Events after the last piece."""
+        raise NotImplementedError
+
+    def failure(self, error: ApiError) -> bytes:
+        """Events that end a stream that cannot go on."""
+        raise NotImplementedError
+
+
+class EventStream(JobStream):
+    """The events of chat and text completions."""
+
+    def __init__(
+        self,
+        job: Job,
+        envelope: Envelope,
+        options: StreamOptions,
+        keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
+    ) -> None:
+        super().__init__(job, keep_alive_seconds)
+        self._envelope = envelope
+        self._options = options
+        self._opened: set[int] = set()
+
+    def written(self, piece: Piece) -> bytes:
+        """One event a choice, the role of an answer first."""
         words = self._envelope.format
-        choices = [] if piece.index in opened else words.opening(piece.index)
-        opened.add(piece.index)
+        choices = [] if piece.index in self._opened else words.opening(piece.index)
+        self._opened.add(piece.index)
         return b"".join(self._event([choice]) for choice in choices + words.chunks(piece))
 
     def _event(self, choices: list[dict[str, Any]]) -> bytes:
@@ -123,10 +152,26 @@ class EventStream(Response):
             body["usage"] = None
         return event(body)
 
-    def _last(self) -> bytes:
+    def ending(self) -> bytes:
+        """The usage, if it is wanted, and the mark of the end."""
         if not self._options.include_usage:
             return DONE
         return event(self._envelope.chunk([]) | {"usage": self._job.usage()}) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """An error event: a body that just ends is taken for a complete answer."""
+        return event(error_body(error)) + DONE
+
+
+async def whole_pieces(job: Job, receive: Receive) -> list[list[Piece]]:
+    """All pieces of each answer of a submitted job, which it closes.
+
+    Raises ApiError when the job fails and ClientGone when nobody waits for it any more.
+    """
+    try:
+        return await until_disconnect(receive, _collect(job))
+    finally:
+        job.close()
 
 
 async def whole_reply(
@@ -135,12 +180,9 @@ async def whole_reply(
     """The complete reply of a submitted job, which it closes.
 
     num_best: show only that many answers to each prompt, the likeliest ones a token.
-    Raises ApiError when the job fails and ClientGone when nobody waits for it any more.
+    Raises what `whole_pieces` raises.
     """
-    try:
-        pieces = await until_disconnect(receive, _collect(job))
-    finally:
-        job.close()
+    pieces = await whole_pieces(job, receive)
     kept = job.answers if num_best is None else best_of(job.answers, num_best)
     choices = []
     for index, answer in enumerate(kept):
