@@ -3,8 +3,9 @@
 It writes nothing and decides nothing.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tilefleet_operator import children
@@ -72,24 +73,29 @@ class Cluster:
     async def list_all(self) -> None:
         """List every resource into the cache; what is gone is forgotten. Raises ApiError.
 
-        Owners last: a fleet that was deleted meanwhile must not show without the pods that went
-        with it, or they would be made again.
+        Owners last, and taken all at once: a fleet that was deleted meanwhile must not show without
+        the pods that went with it, or they would be made again.
         """
-        for resource, selector in (
-            (NODES, ""),
-            (PODS, LABEL_DEPLOYMENT),
-            *((resource, LABEL_DEPLOYMENT) for resource in CHILDREN),
-            (DEPLOYMENTS, ""),
-        ):
+        takes = [
             await self._list(resource, selector)
+            for resource, selector in (
+                (NODES, ""),
+                (PODS, LABEL_DEPLOYMENT),
+                *((resource, LABEL_DEPLOYMENT) for resource in CHILDREN),
+                (DEPLOYMENTS, ""),
+            )
+        ]
+        for take in takes:
+            take()
         self._views = _Views()
 
-    async def _list(self, resource: Resource, selector: str) -> None:
+    async def _list(self, resource: Resource, selector: str) -> Callable[[], bool]:
+        """List one resource; what is returned takes the list into the cache."""
         scopes = self.namespaces if resource.namespaced and self.namespaces else (None,)
         lists = [await self.api.list(resource, ns, label_selector=selector) for ns in scopes]
         oldest = min((one.resource_version for one in lists), key=int)
         items = [item for one in lists for item in one.items]
-        self.cache.replace(resource.plural, items, oldest, labelled=bool(selector))
+        return partial(self.cache.replace, resource.plural, items, oldest, labelled=bool(selector))
 
     async def list_key(self, key: Key) -> bool:
         """List the children of one key, and the object itself. Raises ApiError.
@@ -133,7 +139,7 @@ class Cluster:
         """
         before = (self.monitors_served, self.cache.changes(MONITORS.plural))
         try:
-            await self._list(MONITORS, LABEL_DEPLOYMENT)
+            (await self._list(MONITORS, LABEL_DEPLOYMENT))()
             self.monitors_served = True
         except NotFound:
             self.monitors_served = False

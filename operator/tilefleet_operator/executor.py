@@ -50,6 +50,8 @@ class Executor:
         name is taken: it may be their ServiceAccount's; and when a pod that was to leave stays:
         their number counts on its room. LeaseLost is raised at once.
         """
+        if any(map(_makes_pod, plan.actions)) and not await self._lives(owner):
+            return
         errors: list[Exception] = []
         crowded = False
         for _, chosen in itertools.groupby(sorted(plan.actions, key=_rank), _rank):
@@ -73,6 +75,21 @@ class Executor:
             raise ExceptionGroup(
                 f"{len(errors)} of the writes for {owner.namespace}/{owner.name}", errors
             )
+
+    async def _lives(self, owner: Owner) -> bool:
+        """Whether the owner is still there, asked of the API server itself.
+
+        Each resource has a watch of its own: that the pods of a deleted fleet are gone may be seen
+        before its own end, and they must not be made again.
+        """
+        try:
+            found = await self.api.get(DEPLOYMENTS, owner.namespace, owner.name)
+        except NotFound:
+            self.cache.bury(PLURAL, owner.uid)
+            return False
+        self.cache.observe(PLURAL, None, found)
+        metadata = found["metadata"]
+        return metadata["uid"] == owner.uid and "deletionTimestamp" not in metadata
 
     async def _all(self, key: Key, actions: Sequence[Action]) -> list[Exception]:
         results = await asyncio.gather(

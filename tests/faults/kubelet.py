@@ -38,7 +38,7 @@ class FakeKubelet:
             async for pod in self.view.stream("pods"):
                 uid = pod["metadata"]["uid"]
                 if uid not in self._tasks:
-                    self._tasks[uid] = asyncio.create_task(self._tend(uid))
+                    self._tasks[uid] = asyncio.create_task(self._tend(uid, pod))
                 for done in [key for key, task in self._tasks.items() if task.done()]:
                     self._tasks.pop(done).result()
         finally:
@@ -46,9 +46,10 @@ class FakeKubelet:
                 task.cancel()
             await self._runner.cleanup()
 
-    async def _tend(self, uid: str) -> None:
+    async def _tend(self, uid: str, pod: Json | None) -> None:
         """One pod from its creation to its end."""
-        pod = self.view.objects["pods"][uid]
+        if pod is None or uid not in self.view.objects["pods"]:
+            return
         metadata = pod["metadata"]
         where = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}"
         binding = {"metadata": {"name": metadata["name"]}, "target": {"name": "fake-node"}}

@@ -32,11 +32,12 @@ OTHERS = (
     "/api/v1/{}/configmaps",
     "/apis/apps/v1/{}/controllerrevisions",
 )
+# Identities, instants, places, and the figures measured at the instant of a decision.
 _DROPPED = frozenset(
     {
         "uid", "resourceVersion", "creationTimestamp", "managedFields", "clusterIP", "clusterIPs",
         "lastTransitionTime", "time", "sampledAt", "nodeName", "podIP", "podIPs", "generation",
-        "disruptedPods", "startTime", "tilefleet.io/drain-started",
+        "disruptedPods", "startTime", "tilefleet.io/drain-started", "inputs",
     }
 )  # fmt: skip
 

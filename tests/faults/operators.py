@@ -97,7 +97,9 @@ class Supervisor:
         launcher: Launcher,
         namespaces: Sequence[str],
         user: str = "operator-a",
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
+        self.lease_seconds = lease_seconds
         self.api, self.proxy, self.launcher = api, proxy, launcher
         self.namespaces, self.user = tuple(namespaces), user
         self.name = f"{self.namespaces[0]}-{user}-{next(_NUMBERS)}"
@@ -145,7 +147,7 @@ class Supervisor:
                 f"--lease-name={self.namespaces[0]}",
                 f"--identity={self.name}", f"--watch-namespaces={','.join(self.namespaces)}",
                 f"--probe-port={free_port()}", f"--metrics-port={free_port()}",
-                f"--lease-seconds={LEASE_SECONDS}", "--log-format=text",
+                f"--lease-seconds={self.lease_seconds}", "--log-format=text",
                 "--worker-cpu-image=worker:1", "--worker-image=worker:1",
             ]  # fmt: skip
             self.candidate = Candidate(

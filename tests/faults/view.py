@@ -52,7 +52,7 @@ class Admin:
                     if answer.status < 300:
                         found: Json = json.loads(text)
                         return found
-                    if answer.status not in (401, 403, 429, 500, 503) or attempt > 100:
+                    if answer.status not in (401, 403, 429, 500, 503, 504) or attempt > 100:
                         raise AssertionError(f"{method} {path}: {answer.status} {text[:500]}")
             except (aiohttp.ClientError, ConnectionError):
                 pass

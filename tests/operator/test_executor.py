@@ -10,7 +10,7 @@ from tilefleet_operator.errors import Conflict, Forbidden, LeaseLost, NotFound, 
 from tilefleet_operator.events import Owner
 from tilefleet_operator.executor import Executor
 from tilefleet_operator.plan import Apply, Delete, Drain, Plan
-from tilefleet_operator.resources import Resource
+from tilefleet_operator.resources import DEPLOYMENTS, Resource
 from tilefleet_operator.telemetry import Telemetry
 
 OWNER = Owner("ns", "fleet", "cr-uid")
@@ -25,6 +25,7 @@ class RecordingApi:
         self.failures: dict[tuple[str, str], Exception] = {}
         self.services: dict[str, Any] = {}
         self.living: list[str] = []
+        self.owner_gone = False
         self.grace_seconds = 30
         self.version = 100
 
@@ -36,6 +37,10 @@ class RecordingApi:
             raise self.failures[verb, name]
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Any:
+        if resource is DEPLOYMENTS:
+            if self.owner_gone:
+                raise NotFound(404, "NotFound", name)
+            return {"metadata": {"name": name, "uid": OWNER.uid, "resourceVersion": "1"}}
         if name not in self.services:
             raise NotFound(404, "NotFound", name)
         return self.services[name]
@@ -196,6 +201,14 @@ async def test_a_delete_at_once_is_met_by_the_end(harness: Harness) -> None:
     await harness.execute(gone("a"))
     harness.see_pod("a", 101)
     assert harness.cache.unmet(OWNER.key) is not None
+
+
+async def test_no_pod_is_made_for_a_fleet_that_is_gone(harness: Harness) -> None:
+    """Its pods' end may be seen before its own: each resource has a watch of its own."""
+    harness.api.owner_gone = True
+    await harness.execute(child("Service", "fleet"), child("Pod", "b"), status={})
+    assert harness.api.calls == []
+    assert harness.cache.get("inferencedeployments", "ns", "fleet") is None
 
 
 async def test_no_pod_is_made_while_one_that_was_to_leave_stays(harness: Harness) -> None:
