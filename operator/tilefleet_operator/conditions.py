@@ -106,7 +106,7 @@ def _progressing(facts: Facts) -> Condition:
         deadline, name = spec.rollout.progress_deadline, facts.snapshot.deployment.name
         message += f" and none became so within rollout.progressDeadline {deadline}"
         message += f"; {_hindrance(facts) or 'its pods are slower than that'}"
-        message += "; ready replicas of other revisions stay; correct the spec, or undo the change:"
+        message += "; the former revision goes on serving; correct the spec, or undo the change:"
         message += f" kubectl tilefleet rollout undo {name}"
         return Condition(kind, "False", "ProgressDeadlineExceeded", message)
     waits = _waits_for_room(facts)

@@ -44,6 +44,15 @@ class Revision:
     uid: str = ""
 
 
+@dataclass(frozen=True)
+class Former:
+    """A deployment as it was in a revision, and the defaults that its pods run with."""
+
+    revision: str
+    deployment: InferenceDeployment
+    defaults: Defaults
+
+
 def revisions(
     children: Mapping[tuple[str, str], Mapping[str, Any]], uid: str
 ) -> tuple[Revision, ...]:
@@ -111,6 +120,23 @@ def _renders_alike(deployment: InferenceDeployment, one: Revision, defaults: Def
     pinned = defaults if spec.engine.image else _pinned(defaults, one)
     before = replace(deployment, spec=spec)
     return desired.revision(before, pinned) == desired.revision(deployment, pinned)
+
+
+def former(
+    deployment: InferenceDeployment, known: tuple[Revision, ...], name: str, defaults: Defaults
+) -> Former | None:
+    """The deployment as it was in a recorded revision.
+
+    None when there is no such record, or this version cannot read it.
+    """
+    one = next((one for one in known if one.name == name), None)
+    if one is None:
+        return None
+    try:
+        spec = Spec.model_validate({**one.spec})
+    except ValidationError:
+        return None
+    return Former(name, replace(deployment, spec=spec), _pinned(defaults, one))
 
 
 def record(

@@ -11,6 +11,8 @@ nothing. Does not know how a pod is rendered or drained.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from tilefleet_operator.failures import (
@@ -53,12 +55,18 @@ class Removal:
 
 @dataclass(frozen=True)
 class Moves:
-    """What to do to the pods. wait_seconds: until time alone allows more, None without."""
+    """What to do to the pods.
+
+    additions: of the wanted revision. restorations: of the former one, where a rollout stopped.
+    wait_seconds: until time alone allows more, None without.
+    """
 
     removals: tuple[Removal, ...] = ()
     additions: tuple[Successor, ...] = ()
     why_add: str = ""
     wait_seconds: float | None = None
+    restorations: tuple[Successor, ...] = ()
+    why_restore: str = ""
 
 
 def moves(
@@ -67,8 +75,9 @@ def moves(
     """One step towards `wanted` pods of the new revision, inside the rollout's bounds."""
     room = room or Room()
     rollout = snapshot.deployment.spec.rollout
-    failed, held, failed_wait = _failed(fleet, now)
-    moved, move_wait = _moved(fleet, now)
+    failed, waiting, failed_wait = failed_pods(fleet, now, (fleet.revision,))
+    held = waiting.total()
+    moved, move_wait = moved_pods(fleet, now)
     staying = tuple(pod for pod in fleet.new if all(pod is not r.pod for r in moved))
     ready = len(fleet.ready)
     surplus = _surplus(staying, wanted, ready - (wanted - rollout.max_unavailable), snapshot)
@@ -81,7 +90,7 @@ def moves(
     heirs += [Successor()] * count
     waits = (failed_wait, move_wait, surge_wait, fleet.wait_seconds)
     return Moves(
-        (*surplus, *outdated, *moved, *failed, *_given_up(fleet, wanted)),
+        (*surplus, *outdated, *moved, *failed, *given_up(fleet, wanted)),
         tuple(_healthy(heir, snapshot) for heir in heirs[:count]),
         _why_add(fleet, new + held, wanted),
         min((wait for wait in waits if wait is not None), default=None),
@@ -108,22 +117,27 @@ def _why_add(fleet: Fleet, new: int, wanted: int) -> str:
     return f"rollout: {new} of {wanted} replicas have the new revision"
 
 
-def _failed(fleet: Fleet, now: float) -> tuple[list[Removal], int, float | None]:
-    """Finished pods to delete, the number that still block their place, and for how long."""
-    removals = []
-    waits = []
+def failed_pods(
+    fleet: Fleet, now: float, replaced: Collection[str]
+) -> tuple[list[Removal], Counter[str], float | None]:
+    """Finished pods to delete; how many of each revision still block their place; for how long.
+
+    replaced: revisions whose pods are replaced, so that their back-off counts.
+    """
+    removals, waits, held = [], [], Counter[str]()
     for pod in fleet.failed:
-        wait = failed_backoff(pod, now) if pod.revision == fleet.revision else 0.0
+        wait = failed_backoff(pod, now) if pod.revision in replaced else 0.0
         if wait > 0:
             waits.append(wait)
+            held[pod.revision] += 1
         else:
             what = " ".join(part for part in (pod.reason, pod.message) if part)
             why = f"{pod.phase.lower()}{': ' + what if what else ''}; it will not run again"
             removals.append(Removal(pod, drain=False, why=why))
-    return removals, len(waits), min(waits, default=None)
+    return removals, held, min(waits, default=None)
 
 
-def _moved(fleet: Fleet, now: float) -> tuple[list[Removal], float | None]:
+def moved_pods(fleet: Fleet, now: float) -> tuple[list[Removal], float | None]:
     """Crashing pods whose node is to blame, because the same revision serves on another."""
     removals, waits = [], []
     for pod in fleet.new:
@@ -141,7 +155,7 @@ def _moved(fleet: Fleet, now: float) -> tuple[list[Removal], float | None]:
     return removals, min(waits, default=None)
 
 
-def _given_up(fleet: Fleet, wanted: int) -> list[Removal]:
+def given_up(fleet: Fleet, wanted: int) -> list[Removal]:
     """Lost pods that nobody waits for: outdated, or replaced by one that serves."""
     replaced = sum(pod.ready for pod in fleet.new) >= wanted
     why = "it was on node {}, which is gone or not Ready; "

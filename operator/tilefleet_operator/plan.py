@@ -23,6 +23,7 @@ from tilefleet_operator.children import children, names
 from tilefleet_operator.conditions import Facts, conditions, unknown
 from tilefleet_operator.desired import Defaults
 from tilefleet_operator.draining import finish, leave
+from tilefleet_operator.failures import Successor
 from tilefleet_operator.fleet import Fleet, fleet
 from tilefleet_operator.moves import Moves, Room, moves
 from tilefleet_operator.observed import Snapshot
@@ -30,6 +31,7 @@ from tilefleet_operator.options import Placement
 from tilefleet_operator.polls import CALM_POLL_SECONDS
 from tilefleet_operator.protection import protections
 from tilefleet_operator.rollout import progress
+from tilefleet_operator.standstill import standstill
 from tilefleet_operator.transitions import transitions
 from tilefleet_operator.units import seconds
 from tilefleet_operator.upkeep import conflicts, upkeep
@@ -63,15 +65,23 @@ def plan(snapshot: Snapshot, defaults: Defaults, now: float) -> Plan:
     rolled = progress(deployment, pods, decision.desired, now)
     waits = [decision.wait_seconds, MEASURE_SECONDS if measured else None, rolled.wait_seconds]
     if not deployment.spec.paused:
-        room = Room(rolled.stopped, rolled.since, devices.places(snapshot, pods))
-        step = moves(pods, decision.desired, snapshot, now, room)
+        stopped = rolled.current if rolled.stopped else ""
+        was = history.former(deployment, known, stopped, defaults)
+        if was is not None:
+            step = standstill(pods, decision.desired, snapshot, now, rolled.current)
+        else:
+            room = Room(rolled.stopped, rolled.since, devices.places(snapshot, pods))
+            step = moves(pods, decision.desired, snapshot, now, room)
         drained = list(finish(snapshot, pods, now))
         removals = list(leave(deployment, step.removals, now))
         given = devices.assigned(snapshot, pods, fit, step, now)
         waits.append(devices.next_choice_wait(snapshot, pods, now))
         # Never under the ServiceAccount of somebody else.
         safe = "ServiceAccount" not in taken
-        adding = list(_adding(deployment, pods, step, given.places, used)) if safe else []
+        adding = list(_adding(deployment, pods, step.why_add, step.additions, given.places, used))
+        if was is not None:
+            adding += _restoring(snapshot, pods, step, was, now)
+        adding = adding if safe else []
         in_use = {pod.revision for pod in snapshot.pods} | {rolled.current}
         recording = history.record(deployment, revision, known, in_use)
         created = len(adding)
@@ -153,7 +163,8 @@ def _decide(snapshot: Snapshot, pods: Fleet, now: float) -> Decision:
 def _adding(
     deployment: InferenceDeployment,
     pods: Fleet,
-    step: Moves,
+    why: str,
+    heirs: Sequence[Successor],
     places: Sequence[Placement | None],
     defaults: Defaults,
 ) -> Iterator[Apply]:
@@ -163,10 +174,27 @@ def _adding(
         for slot in itertools.count()
         if desired.pod_name(deployment, slot, pods.revision) not in pods.names
     )
-    heirs = itertools.chain(step.additions, itertools.repeat(None))
-    for heir, place, slot in zip(heirs, places, slots, strict=False):
+    chain = itertools.chain(heirs, itertools.repeat(None))
+    for heir, place, slot in zip(chain, places, slots, strict=False):
         body = desired.pod(deployment, slot, pods.revision, defaults, heir, place)
-        yield Apply(body, step.why_add if heir is not None else "made anew for other devices")
+        yield Apply(body, why if heir is not None else "made anew for other devices")
+
+
+def _restoring(
+    snapshot: Snapshot, pods: Fleet, step: Moves, was: history.Former, now: float
+) -> list[Apply]:
+    """Pods of the former revision, placed by what it asked for."""
+    if not step.restorations:
+        return []
+    before = replace(pods, new=(), revision=was.revision)
+    view = replace(snapshot, deployment=was.deployment)
+    given = devices.assigned(
+        view, before, devices.judged(view, pods), Moves(additions=step.restorations), now
+    )
+    heirs = step.restorations
+    return list(
+        _adding(was.deployment, before, step.why_restore, heirs, given.places, was.defaults)
+    )
 
 
 def _ordered(actions: Sequence[Action]) -> list[Action]:
