@@ -64,9 +64,9 @@ def test_revision_that_cannot_start_stops_and_undo_brings_the_old_one_back(
     degraded = reported(testbed, namespace, "stuck", "Degraded", "InvalidConfiguration")
     assert "correct spec.engine" in degraded["message"]
     assert serving(testbed, namespace, "stuck") == before
-    listed = plugin(testbed, "-n", namespace, "rollout", "history", "stuck").splitlines()
+    listed = plugin(testbed, "rollout", "history", "stuck", "-n", namespace).splitlines()
     assert [line.split()[0] for line in listed] == ["NUMBER", "1", "2"]
-    plugin(testbed, "-n", namespace, "rollout", "undo", "stuck")
+    plugin(testbed, "rollout", "undo", "stuck", "-n", namespace)
     reported(testbed, namespace, "stuck", "Progressing", "Complete")
 
     def alone() -> tuple[bool | None, str]:

@@ -58,7 +58,7 @@ def check(world: World, step: Plan) -> None:
         assert total <= spec.replicas + rollout.max_surge
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(storms)
 @example((False, [(5, "tokens", BROKEN), (60, "tokens", SPEC_A)], 3, 2))
 @example((True, [(5, "down", 0), (5, "tokens", SPEC_B), (70, "well", 0)], 3, 2))
