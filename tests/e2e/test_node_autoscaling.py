@@ -1,7 +1,7 @@
 """Real Karpenter: nodes come for a fleet and go with it, and a shortage is said and heals."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import node_pool
@@ -107,3 +107,40 @@ def test_missing_offer_is_said_within_a_minute_and_heals(testbed: Testbed, names
     limited(testbed, namespace, "False", "None", 30)
     scale(testbed, namespace, 0)
     no_nodes(testbed, 120)
+
+
+@pytest.mark.usefixtures("pool")
+def test_a_replica_takes_a_balloon_s_warm_place(testbed: Testbed, namespace: str) -> None:
+    """The replica runs on the balloon's node, and the balloon moves on to a new one."""
+    fleet = amd_fleet(FLEET, namespace, replicas=0, count=8)
+    fleet["spec"]["capacity"] = {"balloon": {"replicas": 1}}
+    testbed.apply(fleet)
+
+    def ballooned() -> tuple[str | None, str]:
+        found = testbed.find("pods", namespace, "tilefleet.io/role=balloon")
+        warm = [pod["spec"]["nodeName"] for pod in found if is_ready(pod)]
+        return (warm[0] if len(warm) == 1 else None), str([p["metadata"]["name"] for p in found])
+
+    warm = until("a balloon holds a place", ballooned, 120)
+    assert (testbed.get("infd", FLEET, namespace) or {})["status"]["replicas"] == 0
+    scale(testbed, namespace, 1)
+
+    def taken() -> tuple[bool | None, str]:
+        nodes = [pod["spec"].get("nodeName") for pod in workers(testbed, namespace)]
+        return (True if nodes == [warm] else None), str(nodes)
+
+    until("the replica has the warm place", taken, 60)
+    until("the balloon has another", lambda: moved(ballooned, warm), 120)
+    assert len(node_pool.nodes(testbed)) == 2
+    testbed.kubectl("-n", namespace, "delete", "infd", FLEET, "--wait=true", seconds=90)
+    no_nodes(testbed, 120)
+
+
+def workers(testbed: Testbed, namespace: str) -> list[Json]:
+    return testbed.find("pods", namespace, "tilefleet.io/role=worker")
+
+
+def moved(look: Callable[[], tuple[str | None, str]], warm: str) -> tuple[str | None, str]:
+    """The balloon's node once it is another."""
+    found, why = look()
+    return (found if found not in (None, warm) else None), why
