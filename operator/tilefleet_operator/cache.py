@@ -37,6 +37,7 @@ class ObjectCache:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self._objects: dict[tuple[str, str], Json] = {}
+        self._kinds: dict[str, dict[str, Json]] = {}
         self._uids: dict[tuple[str, str, str], str] = {}
         self._children: dict[tuple[str, Key], set[str]] = {}
         self._gone: OrderedDict[str, int] = OrderedDict()
@@ -105,9 +106,7 @@ class ObjectCache:
 
     def all(self, plural: str) -> list[Json]:
         """Every object of a resource, by namespace and name."""
-        return sorted(
-            (body for (kind, _), body in self._objects.items() if kind == plural), key=_name
-        )
+        return sorted(self._kinds.get(plural, {}).values(), key=_name)
 
     def deployment_keys(self) -> set[Key]:
         """Keys of all deployments, and of children whose deployment is unknown."""
@@ -172,8 +171,8 @@ class ObjectCache:
             return set(self._children.get((plural, key), ()))
         return {
             uid
-            for (kind, uid), body in self._objects.items()
-            if kind == plural and (not labelled or child_key(body) is not None)
+            for uid, body in self._kinds.get(plural, {}).items()
+            if not labelled or child_key(body) is not None
         }
 
     def _put(self, plural: str, uid: str, body: Mapping[str, Any]) -> bool:
@@ -188,7 +187,7 @@ class ObjectCache:
             self._bury(plural, rival, version(fresh))
         self._unlink(plural, uid)
         self._changes[plural] = self.changes(plural) + 1
-        self._objects[plural, uid] = fresh
+        self._objects[plural, uid] = self._kinds.setdefault(plural, {})[uid] = fresh
         self._uids[place] = uid
         owner = child_key(fresh)
         if owner is not None:
@@ -209,6 +208,7 @@ class ObjectCache:
     def _bury(self, plural: str, uid: str, at: int) -> bool:
         self._unlink(plural, uid)
         held = self._objects.pop((plural, uid), None)
+        self._kinds.get(plural, {}).pop(uid, None)
         self._remember_gone(uid, at)
         if held is None:
             return False

@@ -38,6 +38,7 @@ _DROPPED = frozenset(
         "uid", "resourceVersion", "creationTimestamp", "managedFields", "clusterIP", "clusterIPs",
         "lastTransitionTime", "time", "sampledAt", "nodeName", "podIP", "podIPs", "generation",
         "disruptedPods", "startTime", "tilefleet.io/drain-started", "inputs",
+        "capacity", "utilization", "demand",
     }
 )  # fmt: skip
 
@@ -101,10 +102,11 @@ class Life:
         before, since = "", time.monotonic()
         while True:
             await asyncio.sleep(0.2)
+            finished = self._finished(stage)
             now = await self.state(stage)
-            if now != before:
+            if now != before or not finished:
                 before, since = now, time.monotonic()
-            if self._finished(stage) and time.monotonic() - since > 3.0:
+            elif time.monotonic() - since > 3.0:
                 return now
 
     async def reach(self, stage: str, limit: float = LIMIT_SECONDS) -> None:
