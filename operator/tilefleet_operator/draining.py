@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 from tilefleet_operator.actions import Action, Delete, Drain
 from tilefleet_operator.api import InferenceDeployment
-from tilefleet_operator.desired import REMOVAL_DELAY_SECONDS
 from tilefleet_operator.fleet import Fleet
 from tilefleet_operator.moves import Removal
 from tilefleet_operator.observed import (
@@ -24,7 +23,7 @@ from tilefleet_operator.observed import (
 from tilefleet_operator.units import rfc3339, seconds
 
 # An answer must be this much younger than the order to drain before it proves anything.
-DRAIN_PROOF_SECONDS = REMOVAL_DELAY_SECONDS + 1.0
+DRAIN_PROOF_SECONDS = 3.0
 # The clocks of two operators may differ this much; beyond it one of them was set back.
 CLOCK_SECONDS = 5.0
 

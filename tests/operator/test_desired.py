@@ -102,7 +102,7 @@ def test_arguments_follow_the_worker_contract() -> None:
         *("--max-model-len", "512", "--backend", "cpu", "--kv-cache-memory", "256Mi"),
         *("--block-size", "32", "--no-prefix-caching", "--max-batch-tokens", "2048"),
         *("--max-concurrent", "8", "--cache-dir", "/var/lib/tilefleet"),
-        *("--hf-endpoint", "http://hub", "--drain-timeout", "1m", "--removal-delay", "2s"),
+        *("--hf-endpoint", "http://hub", "--drain-timeout", "1m", "--removal-delay", "15s"),
         *("--threads", "2", "--api-key-file", "/keys"),
     ]
 

@@ -169,7 +169,7 @@ class ServeConfig:
         "still runs then is ended with an error event",
     )  # fmt: skip
     removal_delay: float = _option(
-        2.0, "--removal-delay", "DURATION", parse_duration,
+        15.0, "--removal-delay", "DURATION", parse_duration,
         "time in which a draining worker still accepts requests, because routers learn late that "
         "it is not ready",
     )  # fmt: skip
