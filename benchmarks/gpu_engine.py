@@ -139,6 +139,7 @@ class Setup:
             self.runner, self.cache = build_runner(self.config, self.weights, limits)
             seconds["pool"] = time.monotonic() - began
         self.runner.warm_up(limits.max_batch_tokens)
+        self.runner.capture()
         torch.cuda.synchronize()
         seconds["ready"] = time.monotonic() - began
         self.max_context = max_context

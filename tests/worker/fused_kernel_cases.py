@@ -1,11 +1,12 @@
 """Fused kernels and the GPU's runner against their references, in Triton's interpreter, fp32.
 
-python fused_kernel_cases.py kernels|runner|windowed. Needs TRITON_INTERPRET=1.
+python fused_kernel_cases.py kernels|runner|windowed|engine. Needs TRITON_INTERPRET=1.
 """
 
 import json
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 
 from tilefleet_worker import attention, fused_weights, models
 from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.engine_config import EngineConfig
+from tilefleet_worker.factory import build_engine
 from tilefleet_worker.gpu_engine import GPULimits, build_runner
 from tilefleet_worker.kernels.norm import add_rms_norm, add_rms_norm_reference
 from tilefleet_worker.kernels.rotary_store import (
@@ -156,6 +159,50 @@ def compare(folder):
         sys.exit(f"{config.architecture}: tokens {got}, expected {want}")
 
 
+def engine():
+    """Backend triton by the factory: the tokens of backend cpu, and what /stats shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        windowed_model(Path(folder))
+        answers, _ = answers_of(folder, "cpu")
+        mine, info = answers_of(folder, "triton")
+    if answers != mine or sorted(map(len, mine.values())) != [2, 2]:
+        sys.exit(f"tokens {mine}, expected {answers}")
+    phases = [name for name, _ in info.startup]
+    if phases != ["weights", "pool", "warmup", "capture"]:
+        sys.exit(f"phases are {phases}")
+    shown = {name: info.config[name] for name in ("backend", "dtype", "kv_cache_bytes")}
+    if shown != {"backend": "triton", "dtype": "float32", "kv_cache_bytes": 2**18}:
+        sys.exit(f"/stats shows {shown}")
+
+
+def answers_of(folder, backend):
+    """Tokens of two requests by id, and the engine's info."""
+    options = EngineConfig(
+        backend=backend, dtype="float32", kv_cache_bytes=2**18, max_batch_tokens=8,
+        max_concurrent=2, max_model_len=64, block_size=8, threads=1,
+    )  # fmt: skip
+    built = build_engine(Path(folder), options)
+    tokens = {"a": [], "b": []}
+    ended = threading.Semaphore(0)
+
+    def sink(deltas):
+        for delta in deltas:
+            tokens[delta.request_id] += delta.token_ids
+            if delta.finish_reason is not None:
+                ended.release()
+
+    built.set_sink(sink)
+    built.start()
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    for name, length in (("a", 1), ("b", 11)):
+        built.submit(Request(name, tuple(range(5, 5 + length)), params, 0.0))
+    for _ in tokens:
+        if not ended.acquire(timeout=200):
+            sys.exit(f"{backend}: no answer")
+    built.stop()
+    return tokens, built.info
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "kernels":
         torch.manual_seed(0)
@@ -164,6 +211,8 @@ if __name__ == "__main__":
         rotations()
     elif sys.argv[1] == "windowed":
         windowed()
+    elif sys.argv[1] == "engine":
+        engine()
     else:
         runner()
     print("checked")

@@ -20,7 +20,7 @@ CASES = Path(__file__).with_name("fused_kernel_cases.py")
 PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
 
 
-@pytest.mark.parametrize("kind", ["kernels", "runner", "windowed"])
+@pytest.mark.parametrize("kind", ["kernels", "runner", "windowed", "engine"])
 def test_fused_kernels_and_runner_match_their_references(kind: str) -> None:
     """The interpreter is chosen when Triton is imported, hence a process of its own."""
     run = subprocess.run(

@@ -44,15 +44,17 @@ def test_the_seed_is_the_callers_or_follows_from_the_id() -> None:
     ("name", "value"),
     [
         ("backend", "tpu"),
-        ("dtype", "bfloat16"),
-        ("block_size", 0),
-        ("kv_cache_bytes", 0),
+        ("dtype", "int4"),
+        ("block_size", -1),
+        ("kv_cache_bytes", -1),
         ("max_batch_tokens", 0),
         ("max_concurrent", 0),
         ("max_waiting", -1),
         ("max_model_len", -1),
         ("threads", -1),
         ("stall_seconds", 0.0),
+        ("gpu_memory_fraction", 0.0),
+        ("gpu_memory_fraction", 1.01),
     ],
 )
 def test_bad_options_name_themselves(name: str, value: object) -> None:
@@ -65,6 +67,23 @@ def test_resolving_leaves_no_auto() -> None:
     assert "auto" not in dataclasses.asdict(resolved).values()
     assert resolved.max_model_len == 2048
     assert EngineConfig(max_model_len=100).resolve(model_max_len=2048).max_model_len == 100
+
+
+def test_a_gpu_changes_what_auto_means_and_no_explicit_option() -> None:
+    resolved = EngineConfig().resolve(model_max_len=2048, gpu=True)
+    assert (resolved.backend, resolved.dtype, resolved.block_size) == ("triton", "bfloat16", 64)
+    assert resolved.kv_cache_bytes == 0  # measured once the weights are there
+    given = EngineConfig(backend="cpu", block_size=32, kv_cache_bytes=1 << 20)
+    assert given.resolve(model_max_len=2048, gpu=True) == dataclasses.replace(
+        given, dtype="float32", max_model_len=2048
+    )
+    wanted = EngineConfig(dtype="float16", block_size=16).resolve(model_max_len=2048, gpu=True)
+    assert (wanted.dtype, wanted.block_size) == ("float16", 16)
+
+
+def test_a_dtype_that_the_cpu_does_not_compute_in_is_refused() -> None:
+    with pytest.raises(ConfigError, match="dtype is 'bfloat16', but backend 'cpu'"):
+        EngineConfig(dtype="bfloat16").resolve(model_max_len=2048)
 
 
 def test_a_length_beyond_the_model_is_refused() -> None:

@@ -76,6 +76,12 @@ def _whole(minimum: int, maximum: int) -> Callable[[str], int]:
     return parse
 
 
+def _share(text: str) -> float:
+    if not re.fullmatch(r"0?\.\d{1,6}|1(\.0{1,6})?", text) or float(text) == 0.0:
+        raise ConfigError(f"{text!r} must be a share above 0 and at most 1, for example 0.9")
+    return float(text)
+
+
 def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
@@ -119,19 +125,25 @@ class ServeConfig:
     )  # fmt: skip
     backend: str = _option(
         "auto", "--backend", "NAME", _one_of(BACKENDS),
-        "attention backend: cpu, reference (slow oracle) or auto, which takes the device's own",
+        "cpu, triton (GPU), reference (slow oracle) or auto: triton if torch sees a GPU, else cpu",
     )  # fmt: skip
     dtype: str = _option(
         "auto", "--dtype", "NAME", _one_of(DTYPES),
-        "number format of weights and KV: float32 or auto, which takes the backend's own",
+        "number format of weights and KV: auto is bfloat16 on a GPU; a cpu takes float32 only",
     )  # fmt: skip
     kv_cache_memory: int = _option(
-        256 * 2**20, "--kv-cache-memory", "SIZE", parse_quantity,
-        "bytes of the KV pool, allocated once at start, as a number or a quantity (256Mi, 4Gi)",
+        0, "--kv-cache-memory", "SIZE", parse_quantity,
+        "bytes of the KV pool, allocated once at start, as a number or a quantity (256Mi, 4Gi); "
+        "default: 256Mi, on a GPU what --gpu-memory-fraction leaves",
+    )  # fmt: skip
+    gpu_memory_fraction: float = _option(
+        0.92, "--gpu-memory-fraction", "SHARE", _share,
+        "share of the GPU's memory for weights, scratch and KV pool, without --kv-cache-memory",
     )  # fmt: skip
     block_size: int = _option(
-        16, "--block-size", "TOKENS", _whole(1, 1024),
-        "tokens in one KV block; smaller wastes less at the end of a sequence, larger is cheaper",
+        0, "--block-size", "TOKENS", _whole(1, 1024),
+        "tokens in one KV block; smaller wastes less at the end of a sequence, larger is cheaper; "
+        "default: 16, on a GPU 64",
     )  # fmt: skip
     prefix_caching: bool = _option(
         True, "--no-prefix-caching", "", _text,
@@ -209,6 +221,7 @@ def engine_config(config: ServeConfig, *, num_cpus: int) -> EngineConfig:
         backend=config.backend,
         dtype=config.dtype,
         kv_cache_bytes=config.kv_cache_memory,
+        gpu_memory_fraction=config.gpu_memory_fraction,
         block_size=config.block_size,
         prefix_caching=config.prefix_caching,
         max_batch_tokens=config.max_batch_tokens,
@@ -219,25 +232,21 @@ def engine_config(config: ServeConfig, *, num_cpus: int) -> EngineConfig:
 
 
 def resolve(
-    config: ServeConfig,
-    *,
-    model_max_len: int,
-    num_cpus: int,
-    conventions: tuple[str, str] = ("none", "none"),
+    config: ServeConfig, engine: EngineConfig, conventions: tuple[str, str] = ("none", "none")
 ) -> ServeConfig:
-    """A new config without "auto" or 0: what the worker really does, shown at /stats.
+    """A new config without "auto" or 0: what the worker really does, shown at /stats. Pure.
 
-    model_max_len: positions of the model's config.json, tokens. num_cpus: usable cores. Pure.
-    conventions: what auto found for --tool-call-parser and --reasoning-parser.
-    Raises ConfigError when --max-model-len exceeds the model's positions.
+    engine: the options of the running engine. conventions: what auto found for --tool-call-parser
+    and --reasoning-parser.
     """
-    engine = engine_config(config, num_cpus=num_cpus).resolve(model_max_len=model_max_len)
     return dataclasses.replace(
         config,
         served_model_name=config.model_name(),
         max_model_len=engine.max_model_len,
         backend=engine.backend,
         dtype=engine.dtype,
+        kv_cache_memory=engine.kv_cache_bytes,
+        block_size=engine.block_size,
         threads=engine.threads,
         tool_call_parser=conventions[0],
         reasoning_parser=conventions[1],

@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 
 from tilefleet_worker.errors import ConfigError
 
-BACKENDS = ("auto", "cpu", "reference")
-DTYPES = ("auto", "float32")
-_MIB = 1024 * 1024
+BACKENDS = ("auto", "cpu", "reference", "triton")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CPU_KV_CACHE_BYTES = 256 * 2**20
+# Tokens of a block. On a GPU an attention tile then lies in one block: one table look-up a tile.
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 16, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +16,17 @@ class EngineConfig:
     """Options of the engine. `auto` and 0 mean "decide at start"; `resolve` removes them."""
 
     backend: str = "auto"
-    """Attention backend: cpu (fast path) or reference (slow oracle)."""
+    """cpu (fast path), reference (slow oracle) or triton (GPU). auto: triton on a GPU, else cpu."""
     dtype: str = "auto"
-    """Type of weights, activations and KV cache. On CPU fp32: bf16 is 470 times slower on AVX2."""
-    kv_cache_bytes: int = 256 * _MIB
-    """Memory of the KV cache, allocated once at start."""
-    block_size: int = 16
-    """Tokens of one KV block: the unit of allocation and of prefix sharing."""
+    """Type of weights, activations and KV cache. auto: bfloat16 on a GPU. On CPU always fp32: bf16
+    is 470 times slower on AVX2."""
+    kv_cache_bytes: int = 0
+    """Memory of the KV cache, allocated once at start. 0: 256 MiB on a CPU; on a GPU what
+    gpu_memory_fraction leaves, measured after the weights."""
+    gpu_memory_fraction: float = 0.92
+    """Share of a GPU's memory that all of this process may take when kv_cache_bytes is 0."""
+    block_size: int = 0
+    """Tokens of one KV block: the unit of allocation and of prefix sharing. 0: 16, on a GPU 64."""
     prefix_caching: bool = True
     """Reuse the KV blocks of equal prefixes."""
     max_batch_tokens: int = 2048
@@ -39,27 +45,44 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("dtype", self.dtype, DTYPES)
-        for name in ("kv_cache_bytes", "block_size", "max_batch_tokens", "max_concurrent"):
+        for name in ("max_batch_tokens", "max_concurrent"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_waiting", "max_model_len", "threads"):
+        for name in ("kv_cache_bytes", "block_size", "max_waiting", "max_model_len", "threads"):
             _at_least(name, getattr(self, name), 0)
+        if not 0.0 < self.gpu_memory_fraction <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_fraction is {self.gpu_memory_fraction}: it must be above 0 and at "
+                "most 1."
+            )
         if self.stall_seconds <= 0:
             raise ConfigError(f"stall_seconds is {self.stall_seconds}: it must be above 0.")
 
-    def resolve(self, *, model_max_len: int) -> "EngineConfig":
-        """Return a copy without any auto. Raises ConfigError when the model is shorter than asked.
+    def resolve(self, *, model_max_len: int, gpu: bool = False) -> "EngineConfig":
+        """Return a copy without any auto; on a GPU kv_cache_bytes may stay 0, to be measured.
 
-        model_max_len: positions the model was trained for.
+        model_max_len: positions the model was trained for. gpu: the process has one. Raises
+        ConfigError when the model is shorter than asked, or the dtype is not the backend's.
         """
         if self.max_model_len > model_max_len:
             raise ConfigError(
                 f"max_model_len is {self.max_model_len}, but the model supports {model_max_len} "
                 "positions: lower it, or use 0 for the model's own limit."
             )
+        backend = self.backend
+        if backend == "auto":
+            backend = "triton" if gpu else "cpu"
+        on_gpu = backend == "triton"
+        if not on_gpu and self.dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"dtype is {self.dtype!r}, but backend {backend!r} computes in float32 only: use "
+                "dtype auto, or backend triton on a GPU."
+            )
         return replace(
             self,
-            backend="cpu" if self.backend == "auto" else self.backend,
-            dtype="float32",
+            backend=backend,
+            dtype=("bfloat16" if on_gpu else "float32") if self.dtype == "auto" else self.dtype,
+            kv_cache_bytes=self.kv_cache_bytes or (0 if on_gpu else CPU_KV_CACHE_BYTES),
+            block_size=self.block_size or (GPU_BLOCK_SIZE if on_gpu else CPU_BLOCK_SIZE),
             max_model_len=self.max_model_len or model_max_len,
         )
 

@@ -46,17 +46,44 @@ def build_runner(
     inputs = InputBuffer(
         limits.max_batch_tokens, limits.max_rows, max_blocks, attention.prefill_tile.rows, device
     )
-    pool_bytes = limits.kv_cache_bytes or _bytes_left(device, limits.memory_fraction)
+    pool_bytes = _pool_bytes(limits, device)
     blocks = num_blocks_for(config, limits.block_size, pool_bytes, dtype)
     cache = KVCache(config, blocks, limits.block_size, dtype, device)
     decoder = FusedDecoder(config, weights, workspace)
     return GPURunner(decoder, cache, attention, inputs, limits.max_rows, device), cache
 
 
-def _bytes_left(device: torch.device, fraction: float) -> int:
-    """Device memory this process may still take: fraction · total − used − margin."""
+def _pool_bytes(limits: GPULimits, device: torch.device) -> int:
+    """Bytes of the pool: those asked for, if they are free, or all that may still be taken."""
     if device.type != "cuda":
-        raise ConfigError("kv_cache_bytes is 0: give the pool's size, a CPU's is not measured.")
+        if not limits.kv_cache_bytes:
+            raise ConfigError("kv_cache_bytes is 0: give the pool's size, a CPU's is not measured.")
+        return limits.kv_cache_bytes
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - (1.0 - fraction) * total) - MARGIN_BYTES
+    return pool_bytes(limits.kv_cache_bytes, limits.memory_fraction, free, total)
+
+
+def pool_bytes(wanted: int, fraction: float, free: int, total: int) -> int:
+    """Size of the KV pool on a device with `free` of `total` bytes left. Pure.
+
+    wanted 0: fraction · total − used − margin. Raises ConfigError when nothing is left, and when
+    what is wanted is not free.
+    """
+    gib = 2**30
+    if wanted:
+        if wanted > free - MARGIN_BYTES:
+            raise ConfigError(
+                f"--kv-cache-memory asks for {wanted / gib:.1f} GiB, but {free / gib:.1f} GiB of "
+                f"the GPU's {total / gib:.1f} are free after the weights, and "
+                f"{MARGIN_BYTES / gib:.0f} GiB must stay free: lower it, or leave it out."
+            )
+        return wanted
+    left = int(free - (1.0 - fraction) * total) - MARGIN_BYTES
+    if left <= 0:
+        raise ConfigError(
+            f"Nothing is left for the KV pool: {(total - free) / gib:.1f} of the GPU's "
+            f"{total / gib:.1f} GiB are taken, and --gpu-memory-fraction allows {fraction}: raise "
+            "it, lower --max-batch-tokens, end other processes on the GPU, or take a larger GPU."
+        )
+    return left

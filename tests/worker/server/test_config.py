@@ -6,6 +6,7 @@ import pytest
 
 from tilefleet_worker.config import (
     ServeConfig,
+    engine_config,
     parse_args,
     parse_duration,
     parse_quantity,
@@ -85,11 +86,13 @@ def test_config_is_frozen_and_resolves_without_auto():
     config = parse_args(["--model", "hf://acme/tiny@v1", "--drain-timeout", "5m"])
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.port = 1
-    resolved = resolve(config, model_max_len=512, num_cpus=3)
+    resolved = resolve(config, engine_config(config, num_cpus=3).resolve(model_max_len=512))
     assert resolved.served_model_name == "acme/tiny"
     assert (resolved.max_model_len, resolved.threads) == (512, 3)
     assert "auto" not in dataclasses.asdict(resolved).values()
-    assert resolve(resolved, model_max_len=512, num_cpus=8) == resolved
+    assert (resolved.kv_cache_memory, resolved.block_size) == (256 * 2**20, 16)
+    again = engine_config(resolved, num_cpus=8).resolve(model_max_len=512)
+    assert resolve(resolved, again) == resolved
 
 
 @pytest.mark.parametrize(

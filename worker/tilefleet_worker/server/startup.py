@@ -112,12 +112,7 @@ class Startup:
         options = engine_config(config, num_cpus=num_cpus)
         engine = build(folder, options, on_phase=self._state.end_phase, on_progress=_Progress())
         conventions = _conventions(config, tokenizer)
-        resolved = resolve(
-            config,
-            model_max_len=engine.info.max_model_len,
-            num_cpus=num_cpus,
-            conventions=conventions.flags,
-        )
+        resolved = resolve(config, engine.config, conventions.flags)
         with self._phase("warmup"):
             self_test(engine)
             self._desk.connect(engine, loop)
