@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.locked
 
-.PHONY: bench-operator system help demo test test-unit test-cluster test-rolls test-faults check format bench image cluster cluster-down lock
+.PHONY: bench-operator system help demo test test-unit test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -12,7 +12,7 @@ help:  ## show this list
 demo: system $(STAMP)  ## a fresh machine to streamed tokens from an InferenceDeployment on a real cluster
 	@$(PY) -u hack/demo
 
-test: system check test-unit test-cluster  ## the whole CPU suite, including a real API server and a real node
+test: system check scan test-unit test-cluster  ## the whole CPU suite, including a real API server and a real node
 
 test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e"
@@ -39,6 +39,9 @@ check: $(STAMP)  ## format, lint, types, import contracts, generated files, line
 	diff -r crds helm/tilefleet/files/crds
 	$(PY) hack/reference.py --check
 	$(PY) hack/line_budget.py
+
+scan: $(STAMP)  ## policies of checkov over the rendered chart
+	$(PY) hack/scan.py
 
 format: $(STAMP)  ## write the format that check expects
 	.venv/bin/ruff format .

@@ -10,3 +10,4 @@ uv pip compile pyproject.toml --extra operator --extra worker --group dev "${com
 pin() { uv pip compile - "${common[@]}" --no-annotate "${@:3}" -o "locks/$2" <<<"$1"; }
 pin "torch==2.15.0" torch.txt -c locks/dev.txt
 pin "uv==0.13.9" uv.txt
+pin "checkov==3.3.30" scan.txt

@@ -11,7 +11,7 @@ from typing import Any
 from tilefleet_operator import children
 from tilefleet_operator.api import PLURAL, InferenceDeployment, parse
 from tilefleet_operator.autoscalers import NodeAutoscalers
-from tilefleet_operator.cache import NEVER, Key, ObjectCache, child_key, version
+from tilefleet_operator.cache import Key, ObjectCache, child_key, version
 from tilefleet_operator.client import ApiClient
 from tilefleet_operator.errors import NotFound, SpecInvalid
 from tilefleet_operator.observed import (
@@ -109,13 +109,15 @@ class Cluster:
             found = await self.api.list(resource, namespace, label_selector=selector)
             self.cache.replace(resource.plural, found.items, found.resource_version, key=key)
             listed[resource.plural] = int(found.resource_version)
+        # By name, as a list: it needs no verb that the watch does not need, and carries a version.
+        itself = f"metadata.name={name}"
+        found = await self.api.list(DEPLOYMENTS, namespace, field_selector=itself)
+        listed[PLURAL] = int(found.resource_version)
         held = self.cache.get(PLURAL, namespace, name)
-        try:
-            self.cache.observe(PLURAL, None, await self.api.get(DEPLOYMENTS, namespace, name))
-        except NotFound:
-            listed[PLURAL] = NEVER
-            if held is not None:
-                self.cache.bury(PLURAL, held["metadata"]["uid"])
+        for body in found.items:
+            self.cache.observe(PLURAL, None, body)
+        if held is not None and not found.items and version(held) <= listed[PLURAL]:
+            self.cache.bury(PLURAL, held["metadata"]["uid"])
         return self.cache.settle(key, listed)
 
     async def recheck_names(self, deployment: InferenceDeployment) -> None:

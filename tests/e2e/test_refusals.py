@@ -1,11 +1,14 @@
 """The API server refuses what cannot work, with field, value and rule in the message."""
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fleets import cpu_fleet
-from testbed import Testbed
+from testbed import Json, Testbed
 
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     (
@@ -49,33 +52,54 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
+GOLDEN = Path(__file__).parent / "data" / "refusals.yaml"
+OTHERS = ("long-name", "scheme-change")
+
+
+def refusal(testbed: Testbed, obj: Json) -> str:
+    """What kubectl says when the API server refuses an object."""
+    done = testbed.run("kubectl", "apply", "-f", "-", stdin=json.dumps(obj), check=False)
+    assert done.returncode != 0
+    return done.stderr.strip()
+
+
+def assert_golden(name: str, said: str) -> None:
+    """The whole message as users see it; UPDATE_GOLDEN=1 writes it anew."""
+    held = yaml.safe_load(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        held[name] = said
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(yaml.safe_dump(held, width=100, allow_unicode=True))
+    assert said == held[name]
+
+
 @pytest.mark.parametrize(("name", "spec", "named"), CASES, ids=[case[0] for case in CASES])
 def test_invalid_spec_is_refused_by_name_value_and_rule(
     testbed: Testbed, namespace: str, name: str, spec: dict[str, Any], named: tuple[str, ...]
 ) -> None:
-    obj = cpu_fleet(name, namespace, spec=spec)
-    done = testbed.run("kubectl", "apply", "-f", "-", stdin=json.dumps(obj), check=False)
-    assert done.returncode != 0
+    said = refusal(testbed, cpu_fleet(name, namespace, spec=spec))
     for part in named:
-        assert part in done.stderr
+        assert part in said
+    assert_golden(name, said)
     assert testbed.get("infd", name, namespace) is None
 
 
 def test_long_name_is_refused(testbed: Testbed, namespace: str) -> None:
-    name = "a" * 49
-    done = testbed.run(
-        "kubectl", "apply", "-f", "-", stdin=json.dumps(cpu_fleet(name, namespace)), check=False
-    )
-    assert done.returncode != 0
-    assert "49" in done.stderr
-    assert "48" in done.stderr
+    said = refusal(testbed, cpu_fleet("a" * 49, namespace))
+    assert "49" in said
+    assert "48" in said
+    assert_golden("long-name", said)
 
 
 def test_scheme_of_a_model_cannot_change(testbed: Testbed, namespace: str) -> None:
     obj = cpu_fleet("fixed", namespace, replicas=0)
     testbed.apply(obj)
     obj["spec"]["model"]["uri"] = "hf://Qwen/Qwen3-8B"
-    done = testbed.run("kubectl", "apply", "-f", "-", stdin=json.dumps(obj), check=False)
-    assert done.returncode != 0
+    said = refusal(testbed, obj)
     for part in ("spec.model", "hf://Qwen/Qwen3-8B", "scheme", "immutable"):
-        assert part in done.stderr
+        assert part in said
+    assert_golden("scheme-change", said)
+
+
+def test_the_golden_file_holds_these_refusals_and_no_other() -> None:
+    assert set(yaml.safe_load(GOLDEN.read_text())) == {case[0] for case in CASES} | {*OTHERS}

@@ -1,5 +1,6 @@
 """The CRD: equal to the models and to the file in crds/; bad specs are refused with good words."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,18 @@ def test_recursion_and_unions_are_errors_not_silent_losses() -> None:
         structural(raw, raw["$defs"])
     with pytest.raises(OperatorError, match="union"):
         structural({"anyOf": [{"type": "string"}, {"type": "integer"}]}, {})
+
+
+def test_kubectl_explain_has_a_text_for_every_field() -> None:
+    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+
+    def silent(node: Mapping[str, Any], path: str) -> list[str]:
+        found = []
+        for name, child in node.get("properties", {}).items():
+            here = f"{path}.{name}"
+            if not child.get("description"):
+                found.append(here)
+            found += silent(child.get("items", child), here)
+        return found
+
+    assert [path for path in silent(schema, "") if not path.startswith(".metadata")] == []
