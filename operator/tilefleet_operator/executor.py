@@ -118,7 +118,13 @@ class Executor:
             resource = BY_KIND[action.kind]
             if "uid" not in action.body["metadata"]:
                 await self._refuse_foreign(key, resource, action)
-            await self._apply(key, resource, action.body, action.field_manager)
+            try:
+                await self._apply(key, resource, action.body, action.field_manager)
+            except NotFound:
+                if resource is not MONITORS:
+                    raise
+                # Their definition went; the next list of them says so, and no plan wants one then.
+                logger.info("%s: the cluster has no PodMonitors any more", what)
 
     async def _refuse_foreign(self, key: Key, resource: Resource, action: Apply) -> None:
         """Never take over an object of somebody else's by its name.

@@ -296,3 +296,11 @@ async def test_events_that_exist_or_fail_are_no_error(harness: Harness) -> None:
 async def test_a_long_message_fits_an_event(harness: Harness) -> None:
     await harness.execute(events=(("Warning", "WriteFailed", "x" * 5000),))
     assert len(harness.api.bodies[-1]["message"]) == 1024
+
+
+async def test_a_monitor_whose_definition_went_is_no_error(harness: Harness) -> None:
+    missing = NotFound(404, "NotFound", "the server could not find the requested resource")
+    harness.api.failures = {("apply", "fleet"): missing, ("apply", "a"): missing}
+    await harness.execute(child("PodMonitor", "fleet"))
+    with pytest.raises(ExceptionGroup):
+        await harness.execute(child("Pod", "a"))
