@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 _USAGE = """usage: python -m tilefleet_worker serve --model URI [flags]
        python -m tilefleet_worker serve --help
+       python -m tilefleet_worker kernels [--arch gfx942] [--output json]
        python -m tilefleet_worker version
 """
 
@@ -19,6 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = (words[0], words[1:]) if words else ("", [])
     if command == "serve":
         return _serve(rest)
+    if command == "kernels":
+        from tilefleet_worker.compilation.command import kernels
+
+        return kernels(rest)
     if command == "version" and not rest:
         from tilefleet_worker.server.model_api import version
 

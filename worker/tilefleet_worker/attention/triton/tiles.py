@@ -3,7 +3,9 @@
 No tuning at run time. An architecture that is not listed gets `fallback` and one warning from the
 caller. sm90: swept on an H100 80GB, torch 2.11, Triton 3.6, 2026-11-24, block 64, bf16, with
 `benchmarks/gpu_attention.py --sweep`; figures in docs/design/triton-attention.md. gfx942, gfx950:
-starting points from public kernels' shapes; neither compiled in CI nor measured yet.
+chosen by compile reports (docs/reference/kernels.md), not measured: decode 32 keys and 2 warps, as
+64 keys take 298 to 302 registers on gfx942 (one wave a SIMD, and 4 spills at blocks of 16) where
+32 take 181 to 197 (two waves), and 158 to 160 on gfx950 (three waves).
 """
 
 import os
@@ -36,8 +38,8 @@ class PrefillTile:
 
 DECODE: dict[str, DecodeTile] = {
     "sm90": DecodeTile(tile=64, split=1024, warps=8, stages=3),
-    "gfx942": DecodeTile(tile=64, split=512, warps=2, stages=2),
-    "gfx950": DecodeTile(tile=64, split=512, warps=2, stages=2),
+    "gfx942": DecodeTile(tile=32, split=512, warps=2, stages=2),
+    "gfx950": DecodeTile(tile=32, split=512, warps=2, stages=2),
     "fallback": DecodeTile(tile=32, split=512, warps=4, stages=2),
 }
 PREFILL: dict[str, PrefillTile] = {

@@ -1,0 +1,1 @@
+"""What the compiler makes of each kernel for each architecture, found out without a GPU."""
