@@ -1,6 +1,7 @@
 """Tokens per second of the engine on a CPU, beside transformers `generate` in the same process.
 
-python benchmarks/engine_cpu.py [--model DIR] [--streams 1 8] [--prompt 64] [--answer 64]
+python benchmarks/engine_cpu.py [--model DIR | --shape NAME] [--streams 1 8 32] [--prompt 512]
+                                [--answer 128]
 
 Both decode greedily, in fp32, with the same number of threads, prompts and tokens. They take
 turns, and each figure is the median of its turns, so that a busy machine slows both. Writes one
@@ -12,13 +13,14 @@ import json
 import platform
 import statistics
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.engine_config import EngineConfig
@@ -26,14 +28,17 @@ from tilefleet_worker.factory import build_engine
 from tilefleet_worker.request import Delta, Request, SamplingParams
 
 ROOT = Path(__file__).parents[1]
+# hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary; random weights, tied
+SHAPES = {"qwen3-0.5b": (896, 4864, 24, 14, 2, 64, 151_936)}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "examples/tiny-model/model")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--answer", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights instead of --model")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
+    parser.add_argument("--answer", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -45,11 +50,26 @@ def make_prompts(streams: int, length: int, vocab_size: int) -> list[list[int]]:
     return torch.randint(3, vocab_size, (streams, length), generator=generator).tolist()
 
 
+def random_model(shape: str, folder: Path) -> Path:
+    """A Qwen3 of that shape, saved in bf16 as published ones are."""
+    hidden, inner, layers, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, head_dim=head_dim,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
 class Engines:
     """The engine with a sink that counts, and the peer, behind the same call."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        config = EngineConfig(threads=options.threads, prefix_caching=False)
+        config = EngineConfig(
+            threads=options.threads, prefix_caching=False, kv_cache_bytes=2 * 2**30
+        )
         self.engine: Engine = build_engine(options.model, config)
         self.peer = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
         self.peer.generation_config.eos_token_id = (
@@ -126,17 +146,26 @@ def measure(engines: Engines, prompts: list[list[int]], turns: int) -> tuple[flo
 
 def main() -> None:
     options = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.shape:
+            options.model = random_model(options.shape, Path(folder))
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure every number of streams."""
     torch.set_num_threads(options.threads)
     engines = Engines(options)
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     device = f"{platform.machine()} {engines.engine.info.device['arch']}, {options.threads} threads"
+    name = options.shape or options.model.parent.name
     for streams in options.streams:
         prompts = make_prompts(streams, options.prompt, engines.engine.info.vocab_size)
         own, peer, agreed = measure(engines, prompts, options.turns)
         line = {
             "bench": "engine_cpu",
-            "case": f"{streams} streams, {options.prompt} + {options.answer} tokens, greedy fp32",
+            "case": f"{name}, {streams} streams, {options.prompt} + {options.answer} tokens, fp32",
             "value": round(own, 1),
             "unit": "tok/s",
             "peer": "transformers generate",
