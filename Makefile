@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.locked
 
-.PHONY: bench-operator system help demo test test-unit test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
+.PHONY: bench-operator system help demo test test-unit test-fuzz test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -16,6 +16,9 @@ test: system check scan test-unit test-cluster  ## the whole CPU suite, includin
 
 test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e"
+
+test-fuzz: $(STAMP)  ## 100,000 requests of every shape on the real engine
+	TILEFLEET_FUZZ_REQUESTS=100000 $(PY) -m pytest tests/worker/server/test_fuzz.py --timeout 0
 
 test-cluster: system $(STAMP)  ## tests on a real API server and on the local cluster with the images
 	@python3 -u hack/cluster binaries --karpenter

@@ -17,6 +17,7 @@ from tilefleet_worker.request import Request, SamplingParams
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_k", -1),
+        ("top_k", 2**63),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", float("nan")),

@@ -15,6 +15,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_SEED = 2**63 - 1
 MAX_PENALTY = 100.0
+# Above any vocabulary; what a client sends must fit the arrays of the request table.
+MAX_TOP_K = 2**31 - 1
 MAX_LOGPROBS = 20
 
 
@@ -78,8 +80,8 @@ class SamplingParams:
             raise _invalid("max_tokens", self.max_tokens, "at least 1")
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
             raise _invalid("temperature", self.temperature, "a number from 0 to 100")
-        if self.top_k < 0:
-            raise _invalid("top_k", self.top_k, "0 (off) or more")
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise _invalid("top_k", self.top_k, f"from 0 (off) to {MAX_TOP_K}")
         if not 0.0 < self.top_p <= 1.0:
             raise _invalid("top_p", self.top_p, "above 0 and at most 1")
         if not 0 <= self.min_tokens <= self.max_tokens:

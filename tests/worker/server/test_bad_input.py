@@ -78,7 +78,7 @@ def error_of(reply):
         ({"prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
         ({"cache_salt": "a b"}, "invalid_value", "cache_salt"),
         ({"cache_salt": "a" * 129}, "invalid_value", "cache_salt"),
-        ({"priority": 1}, "unsupported_parameter", "priority"),
+        ({"priority": 1001}, "invalid_value", "priority"),
         ({"chat_template": "x"}, "unsupported_parameter", "chat_template"),
         ({"chat_template_kwargs": {"tools": 1}}, "invalid_value", "chat_template_kwargs.tools"),
         ({"nonsense": 1}, "unsupported_parameter", "nonsense"),

@@ -110,6 +110,13 @@ async def test_cut_stream_ends_with_error_and_done(tokenizer_folder):
 texts = st.text(max_size=20)
 
 
+@given(texts)
+def test_an_event_is_one_line_for_every_reader(text):
+    data = event({"text": text + "\u2028\x85\r\n\u2029"}).decode()
+    assert len(data.splitlines()) == 2
+    assert json.loads(data[6:]) == {"text": text + "\u2028\x85\r\n\u2029"}
+
+
 @given(st.lists(texts, min_size=1, max_size=8), st.lists(st.integers(1, 400), max_size=20))
 def test_stream_parses_under_any_split_of_its_bytes(tokenizer_folder, pieces, cuts):
     envelope = Envelope("chatcmpl-1", 1, "m", ChatFormat(Tokenizer.load(tokenizer_folder)))

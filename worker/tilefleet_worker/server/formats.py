@@ -125,8 +125,12 @@ class Envelope:
         return head | {"choices": list(choices)}
 
 
+# Line ends that JSON need not escape and the SSE format does not know, but at which readers that
+# split text with Python's splitlines (httpx's iter_lines among them) would cut an event.
+_LINE_ENDS = str.maketrans({0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"})
+
+
 def event(body: Mapping[str, Any]) -> bytes:
-    """One server-sent event. JSON escapes line ends, so the event cannot be split by its text."""
-    return (
-        b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    )
+    """One server-sent event. All line ends are escaped, so its text cannot split it."""
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()

@@ -19,7 +19,6 @@ ACCEPTED_WITHOUT_EFFECT = frozenset(
 )
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "priority": (0,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "continue_final_message": (False,),

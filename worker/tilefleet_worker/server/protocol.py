@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from tilefleet_worker.request import MAX_LOGPROBS, MAX_SEED
+from tilefleet_worker.request import MAX_LOGPROBS, MAX_SEED, MAX_TOP_K
 from tilefleet_worker.server.limits import (
     MAX_BAD_WORDS,
     MAX_BIASED_TOKENS,
@@ -59,7 +59,7 @@ class Sampling(Structured):
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, le=MAX_TOP_K)
     seed: int | None = Field(default=None, ge=-MAX_SEED, le=MAX_SEED)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
@@ -83,6 +83,7 @@ class Sampling(Structured):
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = Field(default=None, ge=1)
+    priority: int = Field(default=0, ge=-1000, le=1000)
     cache_salt: str = Field(default="", max_length=128, pattern=r"^[A-Za-z0-9._-]*$")
     ignore_eos: bool = False
     min_tokens: int = Field(default=0, ge=0)

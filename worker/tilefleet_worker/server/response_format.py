@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from tilefleet_worker.output_parser import CallArguments, CallBegins, Part, Said
 from tilefleet_worker.server.answer import Piece
 from tilefleet_worker.server.answers import Job
 from tilefleet_worker.server.chat_format import Reader, call_id
+from tilefleet_worker.server.formats import event as sse_event
 from tilefleet_worker.server.replies import ApiError
 from tilefleet_worker.server.response_request import ResponseRequest
 from tilefleet_worker.server.stream import JobStream
@@ -217,5 +217,4 @@ class ResponseStream(JobStream):
     def _event(self, event: Event) -> bytes:
         numbered = event | {"sequence_number": self._number}
         self._number += 1
-        data = json.dumps(numbered, ensure_ascii=False, separators=(",", ":"))
-        return f"event: {event['type']}\ndata: {data}\n\n".encode()
+        return f"event: {event['type']}\n".encode() + sse_event(numbered)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from tilefleet_worker.request import MAX_SEED
+from tilefleet_worker.request import MAX_SEED, MAX_TOP_K
 from tilefleet_worker.server.messages import (
     CalledFunction,
     Function,
@@ -157,7 +157,7 @@ class ResponseRequest(_Model):
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, le=MAX_TOP_K)
     seed: int | None = Field(default=None, ge=-MAX_SEED, le=MAX_SEED)
     stream: bool = False
     tools: list[ResponseTool] = Field(default=[])

@@ -140,7 +140,14 @@ def answers(
             own = replace(params, seed=_sibling_seed(params.seed, sibling))
             constraint = asked.make_constraint() if asked.make_constraint else None
             request = Request(
-                f"{name}-{index}", prompt.token_ids, own, now, salt, constraint=constraint
+                f"{name}-{index}",
+                prompt.token_ids,
+                own,
+                now,
+                salt,
+                tenant=caller.key_id,
+                priority=body.priority,
+                constraint=constraint,
             )
             first = sibling == 0
             made.append(Answer(index, request, detokenizer(), options, counts_prompt=first))
