@@ -365,7 +365,8 @@ def replay_seconds(setup: Setup, batch: int, context: int) -> float:
         logits_index=None,
     )  # fmt: skip
     padded = graphs.padded(batch)
-    setup.runner._inputs.decode(arrays, padded)
+    with torch.inference_mode():
+        setup.runner._inputs.decode(arrays, padded)
     return device_seconds(graphs._graphs[padded][0].replay, 10)
 
 
