@@ -187,7 +187,7 @@ def test_granted_verbs_are_exactly_these() -> None:
     read = {"get", "list", "watch"}
     assert granted() == {
         "nodes": {"list", "watch"},
-        "inferencedeployments": {"list", "watch"},
+        "inferencedeployments": read,
         "controllerrevisions": read | {"create", "patch", "delete"},
         "inferencedeployments/status": {"patch"},
         "inferencedeployments/finalizers": {"update"},

@@ -69,7 +69,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "tilefleet.namespacedRules" -}}
 - apiGroups: [tilefleet.io]
   resources: [inferencedeployments]
-  verbs: [list, watch]
+  verbs: [get, list, watch]
 - apiGroups: [tilefleet.io]
   resources: [inferencedeployments/status]
   verbs: [patch]
