@@ -1,7 +1,7 @@
 """Paged decode attention: one query token a sequence, KV split by a fixed length, reduced in order.
 
 A program computes splits of one (sequence, KV head): all query heads of the group against `SPLIT`
-keys each. The last program to finish a (sequence, KV head) combines the partial results in index order,
+keys each. In a large batch one program takes all of them. Otherwise the last program to finish a (sequence, KV head) combines the partial results in index order,
 so the sum's order never depends on timing, and one launch does the whole layer. The split length depends
 on nothing but the architecture (tiles.py), and how many splits a program takes changes no bit: a request
 gets the same bits alone and in any batch. The grid depends on the number of sequences and not on their
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tilefleet_worker.attention.triton.softmax import LOG2_E, scores, take_sink, take_tile
+from tilefleet_worker.attention.triton.softmax import LOG2_E, combine, scores, take_sink, take_tile
 from tilefleet_worker.attention.triton.tiles import DecodeTile, compute_type, launch_options
 
 # Programs that fill the largest device (304 compute units) several times over: splits beyond that
@@ -60,6 +60,8 @@ def paged_decode_kernel(
     table = table_ptr + seq.to(tl.int64) * stride_table
     group = seq * KV_HEADS + head
     cell = (group.to(tl.int64) * splits) * GROUP
+    alone = parts == 1  # this program takes all splits: it combines them as it goes, in registers
+    m_all, total_all, acc_all = m, total, acc
     for split in tl.range(first_split + part, first_split + used, parts):
         m = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -88,7 +90,9 @@ def paged_decode_kernel(
             s = scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT)
             s = tl.where(ok[None, :], s, -float("inf"))
             m, total, acc = take_tile(m, total, acc, s, v, False, CT)
-        if used > 1:
+        if alone:
+            m_all, total_all, acc_all = combine(m_all, total_all, acc_all, m, total, acc)
+        elif used > 1:
             here = cell + split * GROUP + r
             tl.store(part_ptr + here[:, None] * DIM_PAD + d[None, :], acc, mask=row_ok[:, None])
             tl.store(stat_ptr + here * 2, m, mask=row_ok)
@@ -96,7 +100,9 @@ def paged_decode_kernel(
 
     out = out_ptr + seq.to(tl.int64) * stride_q + q_head[:, None] * DIM + d[None, :]
     out_ok = row_ok[:, None] & dim_ok[None, :]
-    if used > 1:
+    if alone:
+        m, total, acc = m_all, total_all, acc_all
+    elif used > 1:
         mine = tl.cdiv(used - part, parts)
         tl.debug_barrier()  # every warp's partial is written before the counter says so
         arrived = tl.atomic_add(count_ptr + group, mine, sem="acq_rel")
@@ -115,11 +121,7 @@ def paged_decode_kernel(
             )
             acc_at = part_ptr + there[:, None] * DIM_PAD + d[None, :]
             acc_i = tl.load(acc_at, mask=row_ok[:, None], other=0.0, cache_modifier=".cg")
-            m_new = tl.maximum(m, m_i)
-            a, b = tl.exp2(m - m_new), tl.exp2(m_i - m_new)
-            total = total * a + total_i * b
-            acc = acc * a[:, None] + acc_i * b[:, None]
-            m = m_new
+            m, total, acc = combine(m, total, acc, m_i, total_i, acc_i)
     if HAS_SINK:
         sink = tl.load(sink_ptr + q_head, mask=row_ok, other=-float("inf"))
         m, total, acc = take_sink(m, total, acc, sink)

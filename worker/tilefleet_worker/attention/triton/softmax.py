@@ -43,3 +43,16 @@ def take_sink(m, total, acc, sink):
     m_new = tl.maximum(m, sink)
     alpha = tl.exp2(m - m_new)
     return m_new, total * alpha + tl.exp2(sink - m_new), acc * alpha[:, None]
+
+
+@triton.jit
+def combine(m, total, acc, m_next, total_next, acc_next):
+    """The state over two ranges of keys from the states over each; the first may be empty.
+
+    The order of the calls decides the bits, wherever they are made.
+    """
+    m_new = tl.maximum(m, m_next)
+    a, b = tl.exp2(m - m_new), tl.exp2(m_next - m_new)
+    total = total * a + total_next * b
+    acc = acc * a[:, None] + acc_next * b[:, None]
+    return m_new, total, acc
