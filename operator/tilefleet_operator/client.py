@@ -62,7 +62,7 @@ class ApiClient:
         """guard: returns the seconds left for a write, or raises; see election.Election.guard."""
         self.timeout_seconds = timeout_seconds
         self.guard = guard
-        rate = rate or Rate(per_second=200.0, burst=400)
+        rate = rate or Rate(per_second=1000.0, burst=2000)
         self._tokens = TokenBucket(rate.per_second, rate.burst)
         self._observer = observer
         self.login = login

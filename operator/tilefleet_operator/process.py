@@ -45,7 +45,7 @@ class RunConfig:
     kubeconfig: str | None = None
     """None: the pod's service account."""
     timing: LeaseTiming = field(default_factory=LeaseTiming)
-    rate: Rate = field(default_factory=lambda: Rate(per_second=200.0, burst=400))
+    rate: Rate = field(default_factory=lambda: Rate(per_second=1000.0, burst=2000))
     """Of all requests to the API server but the Lease's and the watches."""
 
 

@@ -55,12 +55,12 @@ def add(commands: Any) -> None:
         help="how long the Lease of a dead leader holds; default: 10",
     )  # fmt: skip
     parser.add_argument(
-        "--api-qps", type=float, default=200.0, metavar="N",
-        help="requests a second to the API server, Lease and watches apart; default: 200",
+        "--api-qps", type=float, default=1000.0, metavar="N",
+        help="requests a second to the API server, Lease and watches apart; default: 1000",
     )  # fmt: skip
     parser.add_argument(
-        "--api-burst", type=int, default=400, metavar="N",
-        help="requests at once after a quiet time; default: 400",
+        "--api-burst", type=int, default=2000, metavar="N",
+        help="requests at once after a quiet time; default: 2000",
     )  # fmt: skip
     parser.add_argument(
         "--log-format", choices=("json", "text"), default="json", help="of standard error"
