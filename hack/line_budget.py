@@ -22,7 +22,7 @@ BUDGET: dict[str, tuple[int, str]] = {
     "worker/tilefleet_worker/attention/cpu.py": (290, "layouts, masks and tiles of one backend"),
     "worker/tilefleet_worker/config.py": (335, "each flag with its unit and reason"),
     "worker/tilefleet_worker/engine.py": (350, "the thread, its inbox and outbox, the counters"),
-    "worker/tilefleet_worker/scheduler.py": (400, "admission, schedule and commit share one state"),
+    "worker/tilefleet_worker/scheduler.py": (300, "admission and schedule share one state"),
 }
 
 

@@ -1,0 +1,130 @@
+"""What a step computed becomes part of its requests: tokens, endings, prefixes for others.
+
+Whole arrays at a time: only requests that end, or that ask for more than a token, are looked at.
+Knows no budget and no queue.
+"""
+
+from collections.abc import Mapping
+from itertools import repeat
+
+import numpy as np
+
+from tilefleet_worker.request import Delta, FinishReason, TokenLogprob
+from tilefleet_worker.request_table import Ints
+from tilefleet_worker.roster import Roster
+from tilefleet_worker.step import StepPlan, StepResult
+
+
+class Results:
+    """Takes in the results of steps, in the order in which those were scheduled."""
+
+    def __init__(self, roster: Roster, vocab_size: int) -> None:
+        self.pool = roster.pool
+        self.vocab_size = vocab_size
+        self._roster = roster
+        self._table = roster.table
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
+        """Take in what a step computed. Rows of requests that ended meanwhile are ignored.
+
+        Steps are committed in the order in which they were scheduled.
+        """
+        table = self._table
+        plan = self._alive(plan)
+        errors: list[Delta] = []
+        if result.faults:
+            errors = self._end_faulty(plan, result.faults)
+            plan = self._alive(plan)
+        ends = plan.ends
+        table.num_computed[plan.slots] = ends
+        prompt_ends = np.minimum(ends, table.num_prompt[plan.slots])
+        computed = int(np.maximum(prompt_ends - plan.starts, 0).sum())
+        self._roster.counts["prompt_tokens_computed"] += computed
+        if computed and self.pool.prefix_caching:
+            self._publish_prompts(plan)
+        if result.prompt_logprobs:
+            self._take_scores(plan, result.prompt_logprobs)
+        sampled = plan if plan.sample.all() else plan.select(plan.sample)
+        deltas = self._take_tokens(sampled, result)
+        return deltas + errors if errors else deltas
+
+    def _take_scores(self, plan: StepPlan, found: Mapping[str, tuple[TokenLogprob, ...]]) -> None:
+        for request_id, start in zip(plan.request_ids, plan.starts.tolist(), strict=True):
+            if request_id in found:
+                self._roster.by_id[request_id].take_scores(start, found[request_id])
+
+    def _end_faulty(self, plan: StepPlan, faults: Mapping[str, str]) -> list[Delta]:
+        faulty = [request_id for request_id in plan.request_ids if request_id in faults]
+        return [self._roster.finish(self._roster.by_id[i], "error", faults[i]) for i in faulty]
+
+    def _alive(self, plan: StepPlan) -> StepPlan:
+        alive = self._table.epoch[plan.slots] == plan.epochs
+        return plan if alive.all() else plan.select(alive)
+
+    def _publish_prompts(self, plan: StepPlan) -> None:
+        """Make prompts findable as soon as they are computed: others may begin alike.
+
+        An answer becomes findable when its request leaves, so that decodes need no hash.
+        """
+        slots = plan.slots[plan.starts < self._table.num_prompt[plan.slots]]
+        for sequence in self._roster.owners(slots):
+            sequence.publish(self._table, self.pool)
+
+    def _take_tokens(self, plan: StepPlan, result: StepResult) -> list[Delta]:
+        """Append a token to each of these requests, all of which want one."""
+        tokens = result.tokens
+        values = np.array([tokens.get(request_id, -1) for request_id in plan.request_ids], np.int64)
+        self._table.num_ahead[plan.slots] -= 1
+        valid = (values >= 0) & (values < self.vocab_size)
+        special = valid & ~self._table.plain[plan.slots]
+        refused = self._take_special(plan.select(special), tokens) if special.any() else {}
+        if refused:
+            valid &= [request_id not in refused for request_id in plan.request_ids]
+        if valid.all():
+            return self._append(plan, values, result)
+        deltas = self._append(plan.select(valid), values[valid], result)
+        for request_id in plan.select(~valid).request_ids:
+            message = f"The step produced no valid token ({tokens.get(request_id)})"
+            message = refused.get(request_id, message)
+            deltas.append(self._roster.finish(self._roster.by_id[request_id], "error", message))
+        return deltas
+
+    def _take_special(self, plan: StepPlan, tokens: Mapping[str, int]) -> dict[str, str]:
+        """Tell histories and grammars their tokens. Returns why some were refused, by id."""
+        refused = {}
+        for sequence in self._roster.owners(plan.slots):
+            try:
+                sequence.take(tokens[sequence.request_id])
+            except ValueError as error:
+                refused[sequence.request_id] = f"The grammar refuses its token: {error}"
+        return refused
+
+    def _append(self, plan: StepPlan, values: Ints, result: StepResult) -> list[Delta]:
+        """Append these tokens, all valid, and end the requests that end with them."""
+        table, slots, token_ids = self._table, plan.slots, values.tolist()
+        plain = bool(table.plain[slots].all())
+        owners = list(self._roster.owners(slots))
+        for sequence, token_id in zip(owners, token_ids, strict=True):
+            sequence.token_ids.append(token_id)
+        lengths = table.num_tokens[slots] + 1
+        table.num_tokens[slots] = lengths
+        table.last_token[slots] = values
+        self._roster.counts["generated_tokens"] += len(token_ids)
+        cached = table.num_cached[slots].tolist()
+        none = repeat(None)
+        nothing: repeat[tuple[TokenLogprob, ...]] = repeat(())
+        fields = zip(
+            plan.request_ids, zip(token_ids), none, none, cached, nothing, nothing, strict=False
+        )
+        # Delta(*fields) runs Python for each; this builds the same tuples in half the time.
+        deltas: list[Delta] = list(map(tuple.__new__, repeat(Delta), fields))
+        stops = (table.end_token_ids[slots] == values[:, None]).any(axis=1)
+        stops &= lengths > table.end_from[slots]
+        for index in np.flatnonzero(stops | (lengths >= table.limit[slots])).tolist():
+            sequence = owners[index]
+            reason: FinishReason = "stop" if stops[index] else "length"
+            deltas[index] = self._roster.finish(sequence, reason, None, (token_ids[index],))
+        if plain:
+            return deltas
+        found = [result.logprobs.get(delta.request_id) for delta in deltas]
+        return [s.scored(d, f) for s, d, f in zip(owners, deltas, found, strict=True)]
