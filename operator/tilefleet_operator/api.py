@@ -73,8 +73,8 @@ class KvCache(Model):
     memory: OptionalQuantity = Field(
         default="", description="Pool size, for example 256Mi; empty: the engine's own choice."
     )
-    block_size: Annotated[int, Field(ge=1, le=256)] = Field(
-        default=16, description="Tokens in one block."
+    block_size: Annotated[int, Field(ge=0, le=256)] = Field(
+        default=0, description="Tokens in one block; 0: the engine's own, 16 on cpu, 64 on a GPU."
     )
     prefix_caching: bool = Field(
         default=True, description="Share blocks of equal prompt beginnings."

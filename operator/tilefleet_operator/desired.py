@@ -179,7 +179,8 @@ def worker_args(deployment: InferenceDeployment, defaults: Defaults) -> list[str
     args += ["--backend", "cpu" if cpu else "auto"]
     if engine.kv_cache.memory:
         args += ["--kv-cache-memory", engine.kv_cache.memory]
-    args += ["--block-size", str(engine.kv_cache.block_size)]
+    if engine.kv_cache.block_size:
+        args += ["--block-size", str(engine.kv_cache.block_size)]
     if not engine.kv_cache.prefix_caching:
         args.append("--no-prefix-caching")
     args += ["--max-batch-tokens", str(engine.max_batch_tokens)]

@@ -10,7 +10,6 @@ import yaml
 
 from tilefleet_operator import api, desired
 from tilefleet_worker.config import ServeConfig, parse_args
-from tilefleet_worker.engine_config import CPU_BLOCK_SIZE
 from tilefleet_worker.server.admin import create_admin
 from tilefleet_worker.sources import HubSource, LocalSource, parse_source
 
@@ -42,7 +41,6 @@ def test_defaults_of_both_halves_agree():
         model="file:///models/tiny",
         served_model_name="chat",
         backend="cpu",
-        block_size=CPU_BLOCK_SIZE,  # the API's default is what the worker chooses on a CPU
         threads=config.threads,
     )
     assert config.threads >= 1
