@@ -12,7 +12,9 @@ help:  ## show this list
 demo: system $(STAMP)  ## a fresh machine to streamed tokens from an InferenceDeployment on a real cluster
 	@$(PY) -u hack/demo
 
-test: system check scan test-unit test-cluster  ## the whole CPU suite, including a real API server and a real node
+# Tests on the cluster mostly wait for it, so both halves run beside each other.
+test: system check scan  ## the whole CPU suite, including a real API server and a real node
+	@$(MAKE) --no-print-directory -j2 --output-sync=line test-unit test-cluster
 
 test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e"
@@ -24,7 +26,7 @@ test-cluster: system $(STAMP)  ## tests on a real API server and on the local cl
 	@python3 -u hack/cluster binaries --karpenter
 	$(PY) -m pytest tests -m "(apiserver or e2e) and not gpu" --timeout 900
 
-test-rolls: system $(STAMP)  ## 20 rolls and 20 scale-downs under 60 open streams; `make test` does 2
+test-rolls: system $(STAMP)  ## 20 rolls and 20 scale-downs under 60 open streams; `make test` does one of each
 	@python3 -u hack/cluster binaries
 	ROLLS=20 $(PY) -m pytest tests/e2e/test_rolls.py -s --timeout 14400
 
