@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.locked
 
-.PHONY: bench-operator system help demo test test-unit test-fuzz test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
+.PHONY: bench-operator system help demo test test-unit test-fuzz test-apiserver test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -12,9 +12,10 @@ help:  ## show this list
 demo: system $(STAMP)  ## a fresh machine to streamed tokens from an InferenceDeployment on a real cluster
 	@$(PY) -u hack/demo
 
-# Tests on the cluster mostly wait for it, so both halves run beside each other.
+# Tests on the cluster mostly wait for it, so the others run beside them, two at a time.
 test: system check scan  ## the whole CPU suite, including a real API server and a real node
-	@$(MAKE) --no-print-directory -j2 --output-sync=line test-unit test-cluster
+	@python3 -u hack/cluster binaries --karpenter
+	@$(MAKE) --no-print-directory -j2 --output-sync=line test-cluster test-unit test-apiserver
 
 test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e"
@@ -22,9 +23,13 @@ test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 test-fuzz: $(STAMP)  ## 100,000 requests of every shape on the real engine
 	TILEFLEET_FUZZ_REQUESTS=100000 $(PY) -m pytest tests/worker/server/test_fuzz.py --timeout 0
 
-test-cluster: system $(STAMP)  ## tests on a real API server and on the local cluster with the images
+test-apiserver: system $(STAMP)  ## tests on a real API server, and a sample of the faults
+	@python3 -u hack/cluster binaries
+	$(PY) -m pytest tests -m "apiserver and not e2e and not gpu" --timeout 900
+
+test-cluster: system $(STAMP)  ## tests on the local cluster with the images
 	@python3 -u hack/cluster binaries --karpenter
-	$(PY) -m pytest tests -m "(apiserver or e2e) and not gpu" --timeout 900
+	$(PY) -m pytest tests -m "e2e and not gpu" --timeout 900
 
 test-rolls: system $(STAMP)  ## 20 rolls and 20 scale-downs under 60 open streams; `make test` does one of each
 	@python3 -u hack/cluster binaries
