@@ -14,9 +14,12 @@ def reinstalled(testbed: Testbed) -> Iterator[None]:
     testbed.install()
 
 
-def uids(testbed: Testbed, namespace: str) -> dict[str, str]:
+COMPONENT = "app.kubernetes.io/component=operator"
+
+
+def uids(testbed: Testbed, namespace: str, *selector: str) -> dict[str, str]:
     """Name -> UID of the pods that stay."""
-    pods = [p for p in testbed.find("pods", namespace) if not is_leaving(p)]
+    pods = [p for p in testbed.find("pods", namespace, *selector) if not is_leaving(p)]
     return {p["metadata"]["name"]: p["metadata"]["uid"] for p in pods}
 
 
@@ -32,10 +35,11 @@ def test_upgrade_replaces_the_operator_and_no_worker(
     testbed.apply(cpu_fleet("kept", namespace))
     testbed.wait_ready("kept", namespace)
     workers = uids(testbed, namespace)
-    operators = uids(testbed, NAMESPACE)
+    operators = uids(testbed, NAMESPACE, COMPONENT)
     testbed.install("--set", "podAnnotations.upgraded=yes")
     testbed.kubectl("-n", NAMESPACE, "rollout", "status", f"deployment/{OPERATOR}")
-    assert not set(uids(testbed, NAMESPACE).values()) & set(operators.values())
+    assert operators
+    assert not set(uids(testbed, NAMESPACE, COMPONENT).values()) & set(operators.values())
     testbed.wait_ready("kept", namespace)
     assert uids(testbed, namespace) == workers
 
