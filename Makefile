@@ -12,10 +12,13 @@ help:  ## show this list
 demo: system $(STAMP)  ## a fresh machine to streamed tokens from an InferenceDeployment on a real cluster
 	@$(PY) -u hack/demo
 
-# Tests on the cluster mostly wait for it, so the others run beside them, two at a time.
+# Tests on the cluster mostly wait for it, so the others run beside them. sed passes whole lines on.
 test: system check scan  ## the whole CPU suite, including a real API server and a real node
 	@python3 -u hack/cluster binaries --karpenter
-	@$(MAKE) --no-print-directory -j2 --output-sync=line test-cluster test-unit test-apiserver
+	@set -o pipefail; run() { $(MAKE) --no-print-directory "$$@" 2>&1 | sed -u ''; }; \
+	run test-cluster & cluster=$$!; \
+	run test-unit test-apiserver; others=$$?; \
+	wait $$cluster && exit $$others
 
 test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e"
