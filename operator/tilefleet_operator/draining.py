@@ -7,6 +7,7 @@ Service, so that a new leader continues where the old one stopped. Does not know
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tilefleet_operator.actions import Action, Delete, Drain
 from tilefleet_operator.api import InferenceDeployment
@@ -40,8 +41,9 @@ def leave(
             yield Delete(pod.name, pod.namespace, pod.uid, removal.why)
 
 
-def _drain(deployment: InferenceDeployment, pod: PodView, started: float, why: str) -> Drain:
-    body = {
+def order(pod: PodView, started: float) -> dict[str, Any]:
+    """What is applied to a pod that drains; the UID keeps another pod of that name safe."""
+    return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
@@ -52,7 +54,11 @@ def _drain(deployment: InferenceDeployment, pod: PodView, started: float, why: s
             "annotations": {ANNOTATION_DRAIN_STARTED: rfc3339(started)},
         },
     }
+
+
+def _drain(deployment: InferenceDeployment, pod: PodView, started: float, why: str) -> Drain:
     timeout = seconds(deployment.spec.rollout.drain.timeout)
+    body = order(pod, started)
     return Drain(pod.name, pod.namespace, pod.uid, pod.ip, body, timeout, why)
 
 

@@ -8,17 +8,15 @@ from typing import Any
 from tilefleet_operator.actions import DRAIN_FIELD_MANAGER
 from tilefleet_operator.cli.connection import Connection, connect
 from tilefleet_operator.cli.fleets import fleet
+from tilefleet_operator.draining import order
 from tilefleet_operator.errors import ConfigInvalid
 from tilefleet_operator.observed import (
     ACTIVE,
-    ANNOTATION_DRAIN_STARTED,
-    DRAINING,
-    LABEL_STATE,
     PodView,
     WorkerStats,
 )
 from tilefleet_operator.resources import PODS
-from tilefleet_operator.units import rfc3339, seconds
+from tilefleet_operator.units import seconds
 
 _LOOK_SECONDS = 1.0
 
@@ -60,21 +58,6 @@ async def run(arguments: argparse.Namespace) -> int:
                                        field_manager=DRAIN_FIELD_MANAGER)  # fmt: skip
             print(f"{pod.name} drains")
         return await _wait(connection, arguments.name, pod, limit) if arguments.wait else 0
-
-
-def order(pod: PodView, now: float) -> dict[str, Any]:
-    """What the operator itself would apply; the UID keeps another pod of that name safe."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "name": pod.name,
-            "namespace": pod.namespace,
-            "uid": pod.uid,
-            "labels": {LABEL_STATE: DRAINING},
-            "annotations": {ANNOTATION_DRAIN_STARTED: rfc3339(now)},
-        },
-    }
 
 
 def wait_seconds(duration: str) -> float:

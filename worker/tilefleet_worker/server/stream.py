@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -62,7 +63,7 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-class JobStream(Response):
+class JobStream(Response, ABC):
     """Streams a submitted job. Owns it: whatever happens, the job is closed.
 
     How the events are worded is up to the subclass.
@@ -109,17 +110,17 @@ class JobStream(Response):
         """Events before the first piece."""
         return b""
 
+    @abstractmethod
     def written(self, piece: Piece) -> bytes:
         """Events of a piece; may be empty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ending(self) -> bytes:
         """Events after the last piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failure(self, error: ApiError) -> bytes:
         """Events that end a stream that cannot go on."""
-        raise NotImplementedError
 
 
 class EventStream(JobStream):
