@@ -1,4 +1,4 @@
-"""Writes docs/reference/ from the code: fields, conditions, Events, and the operator's rights.
+"""Writes docs/reference/ from the code: fields, conditions, Events, rights, and metrics.
 
 `python hack/reference.py` writes the pages, `--check` compares them and prints the difference.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import helm_python as helm
+import metrics_page
 import yaml
 
 from tilefleet_operator.api import API_VERSION, CATEGORY, KIND, SHORT_NAME
@@ -55,6 +56,7 @@ def pages() -> dict[str, str]:
         "conditions.md": conditions(),
         "events.md": events(),
         "rights.md": rights(),
+        "metrics.md": metrics(),
     }
 
 
@@ -175,6 +177,16 @@ def rights() -> str:
         " `watchNamespaces` the rules on fleets become Roles in those namespaces. The end-to-end"
         " tests compare them with the verbs in the API server's audit log.\n\n"
         + table(("Role", "Resource", "API group", "Verbs", "Why"), listed)
+    )
+
+
+def metrics() -> str:
+    families = table(("Family", "Type", "Labels", "Meaning"), metrics_page.rows())
+    asked = table(("Series", "Type", "Asked for by", "Here", "Why not"), metrics_page.asked())
+    return (
+        f"# Metrics of a worker\n\n{NOTE}{metrics_page.TEXT}\n{families}"
+        f"\n## What tools for vLLM ask for\n\nFrom `hack/vllm_series.yaml`. A test lets a real"
+        f" Prometheus scrape a worker and asks it for every series that is here.\n\n{asked}"
     )
 
 

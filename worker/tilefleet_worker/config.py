@@ -190,6 +190,11 @@ class ServeConfig:
         "file with one API key a line (`KEY` or `ID KEY`), re-read when it changes; without the "
         "flag the API is open",
     )  # fmt: skip
+    metrics_on_api_port: bool = _option(
+        False, "--metrics-on-api-port", "", _text,
+        "also answer /metrics, without a key, on the API port, where routers of the Gateway API "
+        "Inference Extension scrape; then route only /v1 to clients",
+    )  # fmt: skip
     tool_call_parser: str = _option(
         "auto", "--tool-call-parser", "NAME", _one_of(TOOL_CALL_PARSERS),
         "convention of the model's tool calls: hermes (Qwen too), llama3_json, mistral, none, or "
@@ -290,9 +295,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for item in dataclasses.fields(ServeConfig):
         meta = item.metadata
         if isinstance(item.default, bool):
-            parser.add_argument(
-                meta["flag"], dest=item.name, action="store_false", help=meta["help"]
-            )
+            action = "store_false" if item.default else "store_true"
+            parser.add_argument(meta["flag"], dest=item.name, action=action, help=meta["help"])
             continue
         required = item.default is dataclasses.MISSING
         shown = "" if required or item.default in ("", 0) else f" (default: {item.default})"

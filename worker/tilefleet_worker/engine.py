@@ -12,13 +12,13 @@ from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import EngineError
 from tilefleet_worker.request import Delta, FinishReason, Refusal, Request
 from tilefleet_worker.scheduler import Scheduler
-from tilefleet_worker.stats import EngineInfo, EngineStats, StepSample
+from tilefleet_worker.stats import EngineInfo, EngineStats, StepLog
 from tilefleet_worker.step import StepPlan, StepResult
 from tilefleet_worker.watchdog import Watchdog
 
 LOGGER = logging.getLogger(__name__)
 
-MAX_STEP_SAMPLES = 64
+MAX_FINISH_TIMES = 64
 MAX_RETRY_AFTER_SECONDS = 60
 
 Sink = Callable[[list[Delta]], None]
@@ -73,11 +73,11 @@ class Engine:
         self._started_seconds = clock()
         self._progress_seconds = clock()
         self._last_step_seconds: float | None = None
-        self._steps: deque[StepSample] = deque(maxlen=MAX_STEP_SAMPLES)
-        self._finish_times: deque[float] = deque(maxlen=MAX_STEP_SAMPLES)
+        self._steps = StepLog()
+        self._finish_times: deque[float] = deque(maxlen=MAX_FINISH_TIMES)
         self._num_arrivals = 0
-        self._num_steps = 0
-        self._busy_seconds = 0.0
+        # When requests left the queue, until their first delta; the engine's thread only.
+        self._started: dict[str, float] = {}
         self._scheduler_gauges = scheduler.gauges()
 
     # Any thread ---------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Engine:
             return self._failure
         with self._wake:
             waited = self._clock() - self._progress_seconds if self._inflight else 0.0
-            slowest = max((step.seconds for step in self._steps), default=0.0)
+            slowest = self._steps.slowest_seconds
         return self._watchdog.stall(waited, slowest)
 
     def stats(self) -> EngineStats:
@@ -171,16 +171,17 @@ class Engine:
                 "kv_blocks_total": scheduler.blocks_total,
                 "kv_blocks_used": scheduler.blocks_used,
                 "kv_blocks_cached": scheduler.blocks_cached,
+                "kv_tokens_wasted": scheduler.tokens_wasted,
                 "max_concurrent": self._scheduler.max_concurrent,
                 "max_model_len": self._scheduler.max_model_len,
             }
             counters = {
                 "arrivals": self._num_arrivals,
-                "steps": self._num_steps,
-                "busy_seconds": self._busy_seconds,
+                "steps": self._steps.count,
+                "busy_seconds": self._steps.busy_seconds,
                 **scheduler.counts,
             }
-            return EngineStats(counters, gauges, tuple(self._steps))
+            return EngineStats(counters, gauges, self._steps.newest, self._steps.histograms())
 
     def stop(self, timeout_seconds: float = 30.0) -> None:
         """Abort what is in flight and end the thread. Idempotent.
@@ -300,12 +301,12 @@ class Engine:
     def _record(self, plan: StepPlan, began: float) -> None:
         gauges = self._scheduler.gauges()
         now = self._clock()
+        for request_id in self._scheduler.take_started():
+            self._started[request_id] = began
         with self._wake:
             self._scheduler_gauges = gauges
             if len(plan):
-                self._steps.append(StepSample.of(plan, now - began))
-                self._num_steps += 1
-                self._busy_seconds += now - began
+                self._steps.add(plan, now - began)
                 self._last_step_seconds = self._progress_seconds = now
 
     def _publish(self, deltas: list[Delta]) -> None:
@@ -313,6 +314,8 @@ class Engine:
         if not deltas:
             return
         finished = [delta.request_id for delta in deltas if delta.finish_reason is not None]
+        if self._started:
+            deltas = [self._with_start(delta) for delta in deltas]
         now = self._clock()
         with self._wake:
             self._inflight.difference_update(finished)
@@ -321,6 +324,10 @@ class Engine:
             self._sink(deltas)
         except Exception:
             LOGGER.exception("the sink raised; %d deltas may be lost", len(deltas))
+
+    def _with_start(self, delta: Delta) -> Delta:
+        began = self._started.pop(delta.request_id, None)
+        return delta if began is None else delta._replace(started_seconds=began)
 
     def _end(self, failure: str) -> None:
         """Fail everything in flight: the engine cannot go on."""

@@ -96,6 +96,7 @@ def build_engine(
             "threads": torch.get_num_threads(),
             "batch_invariant": built.batch_invariant,
             "kv_block_bytes": built.block_bytes,
+            "kv_spare_bytes": built.block_bytes,
             **built.facts,
         },
         startup=tuple(phases.done),

@@ -193,6 +193,10 @@ class Delta(NamedTuple):
     """One for each of `token_ids`, when the request asks for them."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For the prompt's tokens from the second on; once, with the first token of the answer."""
+    num_preemptions: int = 0
+    """How often the request lost its blocks; on the last delta."""
+    started_seconds: float | None = None
+    """When the request left the queue, on the engine's clock; on its first delta after that."""
 
 
 @dataclass(frozen=True, slots=True)

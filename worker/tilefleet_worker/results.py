@@ -114,8 +114,9 @@ class Results:
         none = repeat(None)
         nothing: repeat[tuple[TokenLogprob, ...]] = repeat(())
         fields = zip(
-            plan.request_ids, zip(token_ids), none, none, cached, nothing, nothing, strict=False
-        )
+            plan.request_ids, zip(token_ids), none, none, cached, nothing, nothing,
+            repeat(0), none, strict=False,
+        )  # fmt: skip
         # Delta(*fields) runs Python for each; this builds the same tuples in half the time.
         deltas: list[Delta] = list(map(tuple.__new__, repeat(Delta), fields))
         stops = (table.end_token_ids[slots] == values[:, None]).any(axis=1)

@@ -40,6 +40,8 @@ class SchedulerGauges:
     blocks_total: int
     blocks_used: int
     blocks_cached: int
+    tokens_wasted: int
+    """Places for tokens in blocks of running requests that hold none: the ends of last blocks."""
     counts: Mapping[str, int]
 
 
@@ -54,6 +56,8 @@ class Roster:
         self.by_id: dict[str, Sequence] = {}
         self.by_slot: dict[int, Sequence] = {}
         self.counts = dict.fromkeys(_COUNTS, 0)
+        self.started: list[str] = []
+        """Ids of requests that left the queue for the first time, until somebody takes note."""
         self._order = FairOrder()
         self._waiting_prompt_tokens = 0
         self._slots: Ints | None = None  # of `running`, until that changes
@@ -84,6 +88,7 @@ class Roster:
         self._order.admitted(sequence.turn)
         sequence.admit(self.table, self.pool, hit_blocks)
         if first_time:
+            self.started.append(sequence.request_id)
             self.counts["prompt_tokens_cached"] += sequence.num_cached_tokens or 0
         insort(self.running, sequence, key=_turn)
         self.by_slot[sequence.slot] = sequence
@@ -113,7 +118,10 @@ class Roster:
             self._stop_waiting(sequence)
         self.counts[_COUNT_OF_REASON.get(reason, "completions")] += 1
         cached = sequence.num_cached_tokens or 0
-        return Delta(sequence.request_id, token_ids, reason, error, cached)
+        return Delta(
+            sequence.request_id, token_ids, reason, error, cached,
+            num_preemptions=sequence.num_preemptions,
+        )  # fmt: skip
 
     def in_order(self) -> list[Sequence]:
         """Everything in progress."""
@@ -145,8 +153,16 @@ class Roster:
             blocks_total=self.pool.num_blocks,
             blocks_used=self.pool.num_referenced,
             blocks_cached=self.pool.num_idle,
+            tokens_wasted=self._tokens_wasted(),
             counts=dict(self.counts),
         )
+
+    def _tokens_wasted(self) -> int:
+        # Blocks that requests share are full: only places at the end of a table are empty.
+        slots, table = self.slots, self.table
+        places = table.num_blocks[slots] * self.pool.block_size
+        # A token that was just sampled gets its place with the next plan.
+        return int(np.maximum(places - table.num_tokens[slots], 0).sum())
 
     def _oldest_arrival_seconds(self) -> float | None:
         """Arrival of the request that waits longest; `by_id` keeps the order of arrival."""

@@ -281,6 +281,11 @@ class Scheduler:
 
     # State --------------------------------------------------------------------------------------
 
+    def take_started(self) -> list[str]:
+        """Ids of requests that left the queue for the first time since the last call."""
+        started, self._roster.started = self._roster.started, []
+        return started
+
     def gauges(self) -> SchedulerGauges:
         """State as numbers, as of now."""
         return self._roster.gauges()

@@ -14,9 +14,10 @@ from starlette.routing import Route
 
 from tilefleet_worker.errors import RequestError
 from tilefleet_worker.server.drain import Drain
-from tilefleet_worker.server.metrics import CONTENT_TYPE, Metrics
+from tilefleet_worker.server.metrics import Metrics
 from tilefleet_worker.server.parsing import parse
 from tilefleet_worker.server.replies import ApiError, error_response
+from tilefleet_worker.server.scrape import Scrape
 from tilefleet_worker.server.state import WorkerState
 
 
@@ -31,9 +32,8 @@ class DrainRequest(BaseModel):
 class Admin:
     """Handlers of the admin port."""
 
-    def __init__(self, state: WorkerState, metrics: Metrics, drain: Drain) -> None:
+    def __init__(self, state: WorkerState, drain: Drain) -> None:
         self._state = state
-        self._metrics = metrics
         self._drain = drain
 
     async def startup(self, http: HttpRequest) -> Response:
@@ -48,10 +48,6 @@ class Admin:
     async def live(self, http: HttpRequest) -> Response:
         """GET /livez: 503 when work is queued and no step has finished for too long."""
         return _probe("live", self._state.why_not_live())
-
-    async def metrics(self, http: HttpRequest) -> Response:
-        """GET /metrics."""
-        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def stats(self, http: HttpRequest) -> Response:
         """GET /stats: what the autoscaler reads."""
@@ -74,12 +70,12 @@ def _probe(name: str, reason: str | None) -> Response:
 
 def create_admin(state: WorkerState, metrics: Metrics, drain: Drain) -> Starlette:
     """The application of port 8001."""
-    admin = Admin(state, metrics, drain)
+    admin = Admin(state, drain)
     table = [
         Route("/startupz", admin.startup),
         Route("/readyz", admin.ready),
         Route("/livez", admin.live),
-        Route("/metrics", admin.metrics),
+        Route("/metrics", Scrape(metrics, fresh_seconds=0.0).page),
         Route("/stats", admin.stats),
         Route("/kv", admin.kv),
         Route("/drain", admin.drain, methods=["POST"]),

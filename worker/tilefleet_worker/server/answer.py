@@ -44,9 +44,11 @@ class AnswerOptions:
 
 @dataclass(slots=True)
 class Timing:
-    """When things happened to an answer; monotonic seconds."""
+    """When things happened to an answer; monotonic seconds, as the engine's clock."""
 
     started: float = field(default_factory=time.monotonic)
+    left_queue: float | None = None
+    """When its first step began; known from its first token on."""
     first_token: float | None = None
     last_token: float = 0.0
 
@@ -62,11 +64,17 @@ class Answer:
         options: AnswerOptions = AnswerOptions(),
         *,
         counts_prompt: bool = True,
+        num_siblings: int = 1,
     ) -> None:
-        """counts_prompt: False for further answers to the same prompt, which usage counts once."""
+        """counts_prompt: False for further answers to the same prompt, which usage counts once.
+
+        num_siblings: answers to the same prompt, with this one.
+        """
         self.index = index
         self.request = request
         self.counts_prompt = counts_prompt
+        self.num_siblings = num_siblings
+        self.num_preemptions = 0
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.total_logprob = 0.0
@@ -82,6 +90,8 @@ class Answer:
     def take(self, delta: Delta) -> Piece:
         """The piece that a delta adds. Sets `end`, by the delta's reason or by a stop string."""
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
+        self.timing.left_queue = delta.started_seconds or self.timing.left_queue
         self.total_logprob += sum(entry.logprob for entry in delta.logprobs)
         text, self._text = self._text, ""
         if self._options.only_echo:

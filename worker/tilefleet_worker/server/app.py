@@ -13,12 +13,14 @@ from starlette.types import ASGIApp
 from tilefleet_worker.errors import RequestError
 from tilefleet_worker.server.answers import AnswerDesk
 from tilefleet_worker.server.api import Api
-from tilefleet_worker.server.auth import KeyFile, RequireKey
+from tilefleet_worker.server.auth import METRICS_PATH, OPEN_PATHS, KeyFile, RequireKey
 from tilefleet_worker.server.limits import Limits
-from tilefleet_worker.server.metrics import LIMITS, Metrics
+from tilefleet_worker.server.metrics import Metrics
 from tilefleet_worker.server.model_api import ModelApi
 from tilefleet_worker.server.outer import Outer
 from tilefleet_worker.server.replies import ApiError, error_response
+from tilefleet_worker.server.scrape import Scrape
+from tilefleet_worker.server.series import LIMITS
 from tilefleet_worker.server.state import WorkerState
 from tilefleet_worker.server.stream import ClientGone
 
@@ -43,11 +45,15 @@ def create_app(
 ) -> ASGIApp:
     """The application. keys: None leaves the API open to whoever reaches the port."""
     table = routes(Api(state, desk), ModelApi(state))
+    open_paths = OPEN_PATHS
+    if state.config.metrics_on_api_port:
+        table.append(Route(METRICS_PATH, Scrape(metrics).page, methods=["GET"]))
+        open_paths |= {METRICS_PATH}
     metrics.expect_routes({r.path: tuple(sorted(r.methods or ())) for r in table})
     app: ASGIApp = _starlette(table, metrics)
     app = Limits(app, metrics.limit)
     if keys is not None:
-        app = RequireKey(app, keys)
+        app = RequireKey(app, keys, open_paths)
     return Outer(app, metrics, {route.endpoint: route.path for route in table})
 
 

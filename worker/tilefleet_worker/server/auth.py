@@ -20,6 +20,7 @@ from tilefleet_worker.server.replies import ApiError, error_response
 LOGGER = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health"})
+METRICS_PATH = "/metrics"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +89,15 @@ class RequireKey:
     client cannot learn by timing what another has sent.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyFile, open_paths: frozenset[str]) -> None:
+        """open_paths: served without a key."""
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
-        if scope["type"] != "http" or _path(scope) in OPEN_PATHS:
+        if scope["type"] != "http" or _path(scope) in self._open_paths:
             await self._app(scope, receive, send)
             return
         key_id = self._keys.identify(_bearer(scope) or "")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
-from tilefleet_worker.server.state import WorkerState
+from tilefleet_worker.server.state import KV_CAUSES, WorkerState
+from tilefleet_worker.stats import EngineStats, HistogramCounts
 
 PHASES = ("import", "download", "weights", "pool", "warmup")
+CACHE_CONFIG = (
+    "vllm:cache_config_info",
+    "Facts of the KV cache, always 1; once the model is loaded.",
+)
 _NAMES = ["model_name", "engine"]
 
 
@@ -24,8 +35,14 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families. The same series exist before and after the model is loaded."""
         stats = self._state.engine_stats()
-        yield from self._shared(stats.gauges)
+        yield from self._shared(stats)
         yield from self._own(stats.gauges, stats.counters)
+        yield from self._pool()
+        yield self._histogram(
+            "tilefleet_worker_step_duration_seconds",
+            "Seconds that a step took.",
+            stats.histograms["step_seconds"],
+        )
         if self._state.service is not None:
             yield self._cache_config(stats.gauges)
 
@@ -40,8 +57,21 @@ class EngineCollector(Collector):
             family.add_metric([*self._values, key], value)
         return family
 
-    def _shared(self, gauges: Mapping[str, float]) -> Iterator[Metric]:
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=_NAMES)
+        family.add_metric(self._values, value)
+        return family
+
+    def _histogram(self, name: str, text: str, found: HistogramCounts) -> Metric:
+        family = HistogramMetricFamily(name, text, labels=_NAMES)
+        below = list(itertools.accumulate(found.counts))
+        bounds = [*map(str, map(float, found.bounds)), "+Inf"]
+        family.add_metric(self._values, list(zip(bounds, below, strict=True)), found.sum)
+        return family
+
+    def _shared(self, stats: EngineStats) -> Iterator[Metric]:
         """Series under vLLM's names."""
+        gauges = stats.gauges
         waiting = gauges["waiting"]
         used = gauges["kv_blocks_used"] / max(1, gauges["kv_blocks_total"])
         yield self._gauge("vllm:num_requests_running", "Requests that decode.", gauges["running"])
@@ -59,25 +89,28 @@ class EngineCollector(Collector):
             "sleep_state",
             {"awake": 1, "weights_offloaded": 0, "discard_all": 0},
         )
-        preemptions = CounterMetricFamily(
+        yield self._counter(
             "vllm:num_preemptions",
-            "Requests that lost their KV blocks to older ones.",
-            labels=_NAMES,
+            "Times that requests lost their KV blocks to older ones.",
+            stats.counters["preemptions"],
         )
-        preemptions.add_metric(self._values, self._state.engine_stats().counters["preemptions"])
-        yield preemptions
+        # A histogram in spite of its name, which is vLLM's.
+        yield self._histogram(
+            "vllm:iteration_tokens_total",
+            "Tokens computed in a step, of prompts and answers.",
+            stats.histograms["step_tokens"],
+        )
 
     def _cache_config(self, gauges: Mapping[str, float]) -> Metric:
-        config = (self._state.service or self._state).config
+        config = self._state.resolved
         labels = {
             "block_size": str(config.block_size),
             "num_gpu_blocks": str(int(gauges["kv_blocks_total"])),
             "cache_dtype": config.dtype,
             "enable_prefix_caching": str(config.prefix_caching),
         }
-        family = GaugeMetricFamily(
-            "vllm:cache_config_info", "Facts of the KV cache, always 1.", labels=[*_NAMES, *labels]
-        )
+        name, text = CACHE_CONFIG
+        family = GaugeMetricFamily(name, text, labels=[*_NAMES, *labels])
         family.add_metric([*self._values, *labels.values()], 1)
         return family
 
@@ -106,9 +139,19 @@ class EngineCollector(Collector):
             ("steps", "Steps finished."),
             ("busy_seconds", "Seconds spent in steps."),
         ):
-            family = CounterMetricFamily(f"tilefleet_worker_{name}", text, labels=_NAMES)
-            family.add_metric(self._values, counters[name])
-            yield family
+            yield self._counter(f"tilefleet_worker_{name}", text, counters[name])
+
+    def _pool(self) -> Iterator[Metric]:
+        """Bytes of the pool, as at /kv."""
+        kv = self._state.kv()
+        causes = {cause: kv[cause] for cause in KV_CAUSES}
+        yield self._by(
+            "tilefleet_worker_kv_bytes",
+            "Bytes of the KV pool by cause; they sum to tilefleet_worker_kv_pool_bytes.",
+            "cause",
+            causes,
+        )
+        yield self._gauge("tilefleet_worker_kv_pool_bytes", "Bytes of the KV pool.", kv["total"])
 
     def _last_step(self) -> float:
         service = self._state.service

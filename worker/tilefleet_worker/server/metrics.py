@@ -1,74 +1,34 @@
 """Metrics in Prometheus format: vLLM's names for what both engines have, `tilefleet_worker_` else.
 
-Names, types, labels and buckets follow vLLM 0.33, so that dashboards, routers and load tools for it
-work unchanged. Every label value exists from the start, at 0: absence is never a zero. Not here,
-because the server cannot see when the scheduler starts a request: queue and prefill time.
+Every label value exists from the start, at 0: absence is never a zero.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import prometheus_client as prometheus
+from prometheus_client import openmetrics
+from prometheus_client.core import Metric
 
 from tilefleet_worker.server.engine_metrics import EngineCollector
+from tilefleet_worker.server.series import (
+    COUNTERS,
+    FAILURES,
+    HISTOGRAMS,
+    LABELLED,
+    LIMITS,
+    REJECTIONS,
+    STATUS_CLASSES,
+)
 from tilefleet_worker.server.state import WorkerState
 
 if TYPE_CHECKING:
     from tilefleet_worker.server.answer import Answer
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-FINISHED_REASONS = ("stop", "length", "abort", "error", "repetition")
-REJECTIONS = {"queue_full": "max_num_queued_reqs", "queue_tokens": "max_num_queued_tokens"}
-LIMITS = ("headers", "body", "context_length_exceeded", "queue_full")
-FAILURES = ("internal_error", "draining", "client_gone", "other")
-STATUS_CLASSES = ("2xx", "4xx", "5xx")
-
-_TTFT = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0),
-    *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
-)
-_PER_TOKEN = (
-    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
-)
-# vLLM's bounds and four finer ones: decode steps of large GPUs are below 10 ms.
-_INTER_TOKEN = (0.001, 0.002, 0.005, 0.0075, *_PER_TOKEN)
-_REQUEST = (
-    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
-    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
-)
-_TOKENS = tuple(m * 10.0**e for e in range(6) for m in (1, 2, 5) if m * 10**e <= 200_000)
-
-# name: (help, bounds). All carry model_name and engine.
-_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "time_to_first_token_seconds": ("Seconds from arrival to the first token.", _TTFT),
-    "inter_token_latency_seconds": ("Seconds between two tokens of an answer.", _INTER_TOKEN),
-    "request_time_per_output_token_seconds": ("Mean seconds a token after the first.", _PER_TOKEN),
-    "e2e_request_latency_seconds": ("Seconds from arrival to the last token.", _REQUEST),
-    "request_decode_time_seconds": ("Seconds from the first to the last token.", _REQUEST),
-    "request_prompt_tokens": ("Tokens of the prompt.", _TOKENS),
-    "request_generation_tokens": ("Tokens of the answer.", _TOKENS),
-    "request_max_num_generation_tokens": ("Most tokens asked for.", _TOKENS),
-    "request_params_max_tokens": ("max_tokens of the request.", _TOKENS),
-    "request_params_n": ("Answers asked for.", (1.0, 2.0, 5.0, 10.0, 20.0)),
-    "request_prefill_kv_computed_tokens": ("Prompt tokens that no cache spared.", _TOKENS),
-}
-_COUNTERS = {
-    "prompt_tokens": "Prompt tokens of requests that got an answer.",
-    "generation_tokens": "Tokens generated.",
-    "prompt_tokens_cached": "Prompt tokens that the prefix cache spared.",
-    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
-    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
-}
-_LABELLED = {
-    "request_success": ("Requests ended, by reason.", "finished_reason", FINISHED_REASONS),
-    "prompt_tokens_by_source": (
-        "Prompt tokens by where their KV came from.",
-        "source",
-        ("local_compute", "local_cache_hit", "external_kv_transfer"),
-    ),
-}
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 class Metrics:
@@ -77,11 +37,9 @@ class Metrics:
     def __init__(self, state: WorkerState) -> None:
         self._registry = prometheus.CollectorRegistry()
         self._names = (state.model_name, "0")
-        self._histograms = {
-            name: self._histogram(name, *spec) for name, spec in _HISTOGRAMS.items()
-        }
-        self._counters = {name: self._counter(name, text) for name, text in _COUNTERS.items()}
-        self._labelled = {name: self._by(name, *spec) for name, spec in _LABELLED.items()}
+        self._histograms = {name: self._histogram(name, *spec) for name, spec in HISTOGRAMS.items()}
+        self._counters = {name: self._counter(name, text) for name, text in COUNTERS.items()}
+        self._labelled = {name: self._by(name, *spec) for name, spec in LABELLED.items()}
         self._rejections = self._plain(
             "vllm:admission_rejections", "Requests refused at a queue bound.", "reason",
             tuple(REJECTIONS.values()), model_name=state.model_name,
@@ -104,6 +62,9 @@ class Metrics:
             ["handler", "method"], registry=self._registry,
         )  # fmt: skip
         self._registry.register(EngineCollector(state))
+        # Uptime, memory and CPU of the process: dashboards ask for them.
+        prometheus.ProcessCollector(registry=self._registry)
+        prometheus.GCCollector(registry=self._registry)
 
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> prometheus.Histogram:
         family = prometheus.Histogram(
@@ -179,18 +140,7 @@ class Metrics:
         if timing.first_token is None:
             return
         self._prompt(len(answer.request.prompt_token_ids), answer.num_cached_tokens)
-        decode = timing.last_token - timing.first_token
-        observed = {
-            "e2e_request_latency_seconds": timing.last_token - timing.started,
-            "request_decode_time_seconds": decode,
-            "request_generation_tokens": answer.num_tokens,
-            "request_max_num_generation_tokens": answer.request.params.max_tokens,
-            "request_params_max_tokens": answer.request.params.max_tokens,
-            "request_params_n": 1,
-        }
-        if answer.num_tokens > 1:
-            observed["request_time_per_output_token_seconds"] = decode / (answer.num_tokens - 1)
-        for name, value in observed.items():
+        for name, value in (_times(answer) | _sizes(answer)).items():
             self._histograms[name].observe(value)
 
     def _prompt(self, prompt: int, cached: int) -> None:
@@ -202,13 +152,50 @@ class Metrics:
             self._counters[name].inc(cached)
         self._labelled["prompt_tokens_by_source"]["local_compute"].inc(prompt - cached)
         self._labelled["prompt_tokens_by_source"]["local_cache_hit"].inc(cached)
+        self._labelled["prompt_tokens_cached_by_source"]["device"].inc(cached)
 
-    def render(self) -> bytes:
-        """The page, in the text format of CONTENT_TYPE whatever a scraper would like better.
+    def families(self) -> Iterable[Metric]:
+        """All families, with what they count now."""
+        return self._registry.collect()
 
-        The client library turns the colons of vLLM's names into underscores in OpenMetrics.
-        """
-        return prometheus.generate_latest(self._registry)
+    def render(self, *, open_metrics: bool = False) -> tuple[bytes, str]:
+        """The page and its content type: OpenMetrics, or the text format of Prometheus."""
+        if not open_metrics:
+            return prometheus.generate_latest(self._registry), TEXT
+        # Names with a colon are legal; the library's default would turn it into an underscore.
+        page = openmetrics.exposition.generate_latest(  # type: ignore[no-untyped-call]
+            self._registry, escaping="allow-utf-8"
+        )
+        return page, OPEN_METRICS
+
+
+def _times(answer: Answer) -> dict[str, float]:
+    """Where the seconds of an answer went, by histogram. It has had a token."""
+    timing = answer.timing
+    first = timing.last_token if timing.first_token is None else timing.first_token
+    decode = timing.last_token - first
+    found = {
+        "e2e_request_latency_seconds": timing.last_token - timing.started,
+        "request_decode_time_seconds": decode,
+    }
+    if timing.left_queue is not None:
+        found["request_queue_time_seconds"] = timing.left_queue - timing.started
+        found["request_prefill_time_seconds"] = first - timing.left_queue
+        found["request_inference_time_seconds"] = timing.last_token - timing.left_queue
+    if answer.num_tokens > 1:
+        found["request_time_per_output_token_seconds"] = decode / (answer.num_tokens - 1)
+    return found
+
+
+def _sizes(answer: Answer) -> dict[str, float]:
+    """Counts of an answer by histogram; what belongs to the request only with its first answer."""
+    found: dict[str, float] = {
+        "request_generation_tokens": answer.num_tokens,
+        "request_max_num_generation_tokens": answer.request.params.max_tokens,
+        "request_params_max_tokens": answer.request.params.max_tokens,
+        "request_num_preemptions": answer.num_preemptions,
+    }
+    return found | ({"request_params_n": answer.num_siblings} if answer.counts_prompt else {})
 
 
 def without_created_series() -> None:

@@ -18,7 +18,7 @@ LOGGER = logging.getLogger(__name__)
 # What may be echoed into a header and a log line.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Asked by machines all the time; they would drown the rates of real requests.
-_UNCOUNTED = frozenset({"/health", "/version"})
+_UNCOUNTED = frozenset({"/health", "/version", "/metrics"})
 
 
 class Outer:

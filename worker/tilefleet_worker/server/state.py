@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tilefleet_worker.tokenizer import Tokenizer
 
 STATS_VERSION = 1
+KV_CAUSES = ("used", "wasted", "cached", "free", "spare")
 COUNTERS = (
     "arrivals",
     "prompt_tokens_computed",
@@ -40,6 +41,7 @@ GAUGES = (
     "kv_blocks_total",
     "kv_blocks_used",
     "kv_blocks_cached",
+    "kv_tokens_wasted",
     "max_concurrent",
     "max_model_len",
 )
@@ -79,6 +81,11 @@ class WorkerState:
         self.service: Service | None = None
         self.draining = False
         self.accepting = True
+
+    @property
+    def resolved(self) -> ServeConfig:
+        """The config without any "auto" once the model is loaded; before that, as given."""
+        return self.config if self.service is None else self.service.config
 
     def served(self) -> Service:
         """The service. Raises ApiError 503 before the model is loaded."""
@@ -131,8 +138,7 @@ class WorkerState:
 
     def stats(self) -> dict[str, Any]:
         """The body of /stats. Bounded: at most 64 steps and a fixed set of names."""
-        service = self.service
-        config = self.config if service is None else service.config
+        service, config = self.service, self.resolved
         info = None if service is None else service.engine.info
         return {
             "version": STATS_VERSION,
@@ -150,23 +156,32 @@ class WorkerState:
         }
 
     def kv(self) -> dict[str, int]:
-        """The body of /kv: bytes of the pool by cause; used, cached and free sum to total."""
+        """The body of /kv: bytes of the pool by cause; those of KV_CAUSES sum to `total`.
+
+        used: hold tokens of running requests. wasted: in the last blocks of those, without a token
+        yet. cached: of nobody, but can be hit again. free: hold nothing. spare: one block that no
+        request gets, for rows that only fill a batch up.
+        """
         gauges = self.engine_stats().gauges
         total, used, cached = (
             int(gauges[f"kv_blocks_{kind}"]) for kind in ("total", "used", "cached")
         )
-        block = self._block_bytes(total)
+        block, spare = self._block_bytes(total)
+        wasted = int(gauges["kv_tokens_wasted"]) * block // max(1, self.resolved.block_size)
         return {
             "block_bytes": block,
-            "total": total * block,
-            "used": used * block,
+            "total": total * block + spare,
+            "used": used * block - wasted,
+            "wasted": wasted,
             "cached": cached * block,
             "free": (total - used - cached) * block,
+            "spare": spare,
         }
 
-    def _block_bytes(self, num_blocks: int) -> int:
-        """Bytes of one block: as the engine says, else the pool's memory over its blocks."""
+    def _block_bytes(self, num_blocks: int) -> tuple[int, int]:
+        """Bytes of one block, and of the spare one: as the engine says, else the pool's share."""
         if self.service is None or num_blocks == 0:
-            return 0
-        told = self.service.engine.info.config.get("kv_block_bytes")
-        return int(told) if told else self.service.config.kv_cache_memory // num_blocks
+            return 0, 0
+        told = self.service.engine.info.config
+        block = told.get("kv_block_bytes") or self.service.config.kv_cache_memory // num_blocks
+        return int(block), int(told.get("kv_spare_bytes", 0))

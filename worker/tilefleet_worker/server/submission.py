@@ -150,7 +150,16 @@ def answers(
                 constraint=constraint,
             )
             first = sibling == 0
-            made.append(Answer(index, request, detokenizer(), options, counts_prompt=first))
+            made.append(
+                Answer(
+                    index,
+                    request,
+                    detokenizer(),
+                    options,
+                    counts_prompt=first,
+                    num_siblings=num_each,
+                )
+            )
     return made
 
 
