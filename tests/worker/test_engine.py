@@ -115,6 +115,23 @@ def test_a_request_becomes_tokens(build: Build) -> None:
     assert engine.num_inflight == 0
 
 
+def test_the_first_delta_says_when_a_request_left_the_queue(build: Build) -> None:
+    engine, outbox = build(max_concurrent=1)
+    for name in "ab":
+        engine.submit(ask(name, max_tokens=6))
+    outbox.wait("a", "b")
+    for name in "ab":
+        first, *others = [d.started_seconds for d in outbox.deltas if d.request_id == name]
+        assert first is not None
+        assert others == [None] * 5
+    started = [d.started_seconds for d in outbox.deltas if d.started_seconds is not None]
+    assert started == sorted(started)
+    steps = engine.stats().histograms
+    assert sum(steps["step_tokens"].counts) == engine.stats().counters["steps"]
+    assert steps["step_tokens"].sum == 12
+    assert steps["step_seconds"].sum == pytest.approx(engine.stats().counters["busy_seconds"])
+
+
 def test_what_cannot_be_served_is_refused_at_once(build: Build) -> None:
     engine, _ = build()
     refusal = engine.submit(ask("a", max_tokens=500))

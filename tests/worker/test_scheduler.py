@@ -37,6 +37,8 @@ def step(scheduler: Scheduler, runner: FakeRunner | None = None) -> tuple[StepPl
     assert len(plan.rows) == len(plan)  # spelled out now: blocks may move at the commit
     deltas = scheduler.commit(plan, (runner or FakeRunner(VOCAB)).run(plan))
     scheduler.check_integrity()
+    gauges = scheduler.gauges()
+    assert 0 <= gauges.tokens_wasted <= gauges.running * scheduler.pool.block_size
     return plan, deltas
 
 
@@ -445,6 +447,8 @@ class Ahead:
         deltas = self.scheduler.commit(*self.in_flight) if self.in_flight else []
         self.in_flight = launched
         self.scheduler.check_integrity()
+        gauges = self.scheduler.gauges()
+        assert 0 <= gauges.tokens_wasted <= gauges.running * self.scheduler.pool.block_size
         return deltas
 
 
