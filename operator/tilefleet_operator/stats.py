@@ -52,6 +52,7 @@ class Gauges:
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0
     kv_blocks_cached: int = 0
+    kv_tokens_wasted: int = 0
     max_concurrent: int = 0
     max_model_len: int = 0
 
