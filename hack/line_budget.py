@@ -22,6 +22,10 @@ BUDGET: dict[str, tuple[int, str]] = {
     "worker/tilefleet_worker/attention/cpu.py": (290, "layouts, masks and tiles of one backend"),
     "worker/tilefleet_worker/config.py": (345, "each flag with its unit and reason"),
     "worker/tilefleet_worker/engine.py": (360, "the thread, its inbox and outbox, the counters"),
+    "worker/tilefleet_worker/tokenizer.py": (
+        270,
+        "both ways of decoding in pieces stand beside encoding",
+    ),
     "worker/tilefleet_worker/scheduler.py": (300, "admission and schedule share one state"),
 }
 

@@ -24,6 +24,11 @@ _MAX_HELD_TOKENS = 4
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
+_CLASS = "PreTrainedTokenizerFast"
+_SPECIAL = ("bos", "eos", "pad", "unk")
+_FLAGS = ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces")
+
+
 class Detokenizer(Protocol):
     """Turns the tokens of one answer into text, in order."""
 
@@ -47,6 +52,7 @@ class Tokenizer:
         self._bytes_of: dict[int, bytes] = {}
         self.vocab_size = fast.get_vocab_size(with_added_tokens=True)
         self.longest_token_characters = max(map(len, fast.get_vocab()), default=1)
+        self._settings = settings
         self.eos_token = _token_text(settings, "eos_token")
         self.bos_token = _token_text(settings, "bos_token")
         self.chat_template = None if template is None else self._template(template)
@@ -83,6 +89,25 @@ class Tokenizer:
         """The text of tokenizer.json."""
         text: str = self._fast.to_str()
         return text
+
+    def facts(self) -> dict[str, Any]:
+        """What tokenizer_config.json says of special tokens and templates, for clients.
+
+        Not all of it: the file may name code and paths.
+        """
+        named = {f"{name}_token": _token_text(self._settings, f"{name}_token") for name in _SPECIAL}
+        flags = {name: self._settings[name] for name in _FLAGS if name in self._settings}
+        template = None if self.chat_template is None else self.chat_template.source
+        return {
+            "tokenizer_class": str(self._settings.get("tokenizer_class", _CLASS)),
+            **{name: text or None for name, text in named.items()},
+            **flags,
+            "chat_template": template,
+        }
+
+    def token(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for an id beyond it."""
+        return self._fast.id_to_token(token_id) or ""
 
     def token_id(self, token: str) -> int | None:
         """Id of the token that is spelled like this, or None."""

@@ -33,6 +33,7 @@ def routes(api: Api, model: ModelApi) -> list[Route]:
         Route("/v1/responses", api.responses, methods=["POST"]),
         Route("/v1/models", model.models, methods=["GET"]),
         Route("/v1/models/{id:path}", model.model, methods=["GET"]),
+        Route("/tokenizer_info", model.tokenizer_info, methods=["GET"]),
         Route("/tokenize", model.tokenize, methods=["POST"]),
         Route("/detokenize", model.detokenize, methods=["POST"]),
         Route("/health", model.health, methods=["GET"]),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from tilefleet_worker.grammar import AfterReasoning, Grammar
 from tilefleet_worker.output_parser import OutputParser
 from tilefleet_worker.reasoning import BEGIN, END, begins_inside
 from tilefleet_worker.request import TokenConstraint
+from tilefleet_worker.server.messages import Message
 from tilefleet_worker.server.protocol import ChatRequest
 from tilefleet_worker.server.replies import ApiError, invalid_value
 from tilefleet_worker.server.state import Service
@@ -51,29 +53,55 @@ async def converse(service: Service, body: ChatRequest) -> Conversation:
 
 
 async def _render(service: Service, body: ChatRequest, reading: Reading) -> tuple[str, Prompt]:
-    template = service.tokenizer.chat_template
-    if template is None:
-        raise invalid_value(
-            "messages", "The model has no chat template: use /v1/completions with a prompt."
-        )
-    messages = [message.for_template() for message in body.messages]
-    size = sum(len(message.text) for message in body.messages)
-    check_size(service, size, "messages")
     options = {str(name): value for name, value in body.chat_template_kwargs.items()}
     if body.reasoning_effort is not None:
         options.setdefault("reasoning_effort", body.reasoning_effort)
+    render = renderer(
+        service,
+        body.messages,
+        reading.tools,
+        options,
+        add_generation_prompt=body.add_generation_prompt,
+    )
 
-    def render() -> tuple[str, Prompt]:
-        text = template.render(
-            messages,
-            tools=reading.tools,
-            add_generation_prompt=body.add_generation_prompt,
-            options=options,
-        )
+    def work() -> tuple[str, Prompt]:
+        text = render()
         token_ids = service.tokenizer.encode(text, add_special_tokens=False)
         return text, Prompt(truncated(body, token_ids))
 
-    return await compute(size, render)
+    return await compute(num_characters(body.messages), work)
+
+
+def renderer(
+    service: Service,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
+) -> Work[str]:
+    """What writes a conversation as the model's template has it.
+
+    Raises ApiError 400 when the model has no template, or far too much is to be written.
+    """
+    template = service.tokenizer.chat_template
+    if template is None:
+        raise invalid_value(
+            "messages", "The model has no chat template: use a prompt, as of /v1/completions."
+        )
+    check_size(service, num_characters(messages), "messages")
+    return partial(
+        template.render,
+        [message.for_template() for message in messages],
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        options=options,
+    )
+
+
+def num_characters(messages: Sequence[Message]) -> int:
+    """Characters of all messages, without what the template adds."""
+    return sum(len(message.text) for message in messages)
 
 
 async def make_constraint(

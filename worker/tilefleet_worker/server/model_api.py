@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from tilefleet_worker.server.conversation import compute
+from tilefleet_worker.server.conversation import compute, num_characters, renderer
 from tilefleet_worker.server.parsing import parse
 from tilefleet_worker.server.protocol import DetokenizeRequest, TokenizeRequest
 from tilefleet_worker.server.replies import invalid_value
@@ -21,6 +22,23 @@ def version() -> str:
         return importlib.metadata.version("tilefleet")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _text_of(service: Service, body: TokenizeRequest) -> tuple[Callable[[], str], int, bool]:
+    """What writes the text, about how long it is, and whether it wants special tokens around it.
+
+    Raises ApiError 400 unless exactly one of prompt and messages is there.
+    """
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid_value("prompt", "Send either prompt or messages.")
+    if body.messages is None:
+        text = body.prompt or ""
+        return lambda: text, len(text), True
+    options = {str(name): value for name, value in body.chat_template_kwargs.items()}
+    tools = [tool.for_template() for tool in body.tools]
+    generate = body.add_generation_prompt
+    write = renderer(service, body.messages, tools, options, add_generation_prompt=generate)
+    return write, num_characters(body.messages), False
 
 
 class ModelApi:
@@ -44,13 +62,29 @@ class ModelApi:
         body = parse(TokenizeRequest, await http.body())
         service = self._state.served()
         self._state.check_model(body.model)
+        write, size, special = _text_of(service, body)
+        if body.add_special_tokens is not None:
+            special = body.add_special_tokens
 
         def encode() -> list[int]:
-            return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            return service.tokenizer.encode(write(), add_special_tokens=special)
 
-        tokens = await compute(len(body.prompt), encode)
-        most = service.config.max_model_len
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
+        tokens = await compute(size, encode)
+        found: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": service.config.max_model_len,
+            "tokens": tokens,
+            "token_strs": None,
+        }
+        if body.return_token_strs:
+            found["token_strs"] = [service.tokenizer.token(token_id) for token_id in tokens]
+        return JSONResponse(found)
+
+    async def tokenizer_info(self, http: HttpRequest) -> Response:
+        """GET /tokenizer_info: what clients need to write and count prompts as the model does."""
+        service = self._state.served()
+        most = {"model_max_length": service.config.max_model_len}
+        return JSONResponse(service.tokenizer.facts() | most)
 
     async def detokenize(self, http: HttpRequest) -> Response:
         """POST /detokenize."""

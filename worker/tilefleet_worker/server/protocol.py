@@ -122,11 +122,17 @@ class CompletionRequest(Sampling):
 
 
 class TokenizeRequest(_Model):
-    """Body of POST /tokenize."""
+    """Body of POST /tokenize: a text, or a conversation as the chat template writes it."""
 
     model: str | None = None
-    prompt: str
-    add_special_tokens: bool = True
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool | None = None
+    """Default: true for a text; false for a conversation, whose template writes them."""
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS)
+    chat_template_kwargs: dict[TemplateName, Any] = Field(default={})
 
 
 class DetokenizeRequest(_Model):
