@@ -40,7 +40,7 @@ test-rolls: system $(STAMP)  ## 20 rolls and 20 scale-downs under 60 open stream
 
 test-faults: system $(STAMP)  ## every fault at every write of a fleet's life: kills, errors, dead watches, frozen leaders
 	@python3 -u hack/cluster binaries > /dev/null
-	$(PY) -m tests.faults
+	$(PY) -m tests.faults $(if $(RESULTS),--results $(RESULTS))
 
 check: $(STAMP)  ## format, lint, types, import contracts, generated files, line budget
 	.venv/bin/ruff format --check .

@@ -162,8 +162,10 @@ class Election:
             return self._won(await self.store.create(self._spec(0), timeout_seconds=limit), started)
         self._observe(lease)
         spec = lease.get("spec") or {}
-        idle = self.clock() - self._changed
-        if spec.get("holderIdentity") and idle < float(spec.get("leaseDurationSeconds") or 0):
+        holder, idle = spec.get("holderIdentity"), self.clock() - self._changed
+        # Ours: it was taken by a request whose answer never came. No other process has this name.
+        foreign = holder and holder != self.identity
+        if foreign and idle < float(spec.get("leaseDurationSeconds") or 0):
             return False
         transitions = int(spec.get("leaseTransitions") or 0) + 1
         taken = {**lease, "spec": self._spec(transitions)}

@@ -2,9 +2,12 @@
 
 import argparse
 import asyncio
+import signal
 import sys
+from pathlib import Path
 
-from tests.faults.sweep import FAULTS, run, whole
+from tests.faults.results import Results, whole
+from tests.faults.sweep import FAULTS, LANES, run
 
 
 def main() -> int:
@@ -12,14 +15,31 @@ def main() -> int:
     parser.add_argument(
         "--faults", default=",".join(FAULTS), help=f"which, by comma; default all: {FAULTS}"
     )
-    parser.add_argument("--writes", default="", help="at which, by comma; default: at each")
+    parser.add_argument(
+        "--writes", default="", help="at which, by comma, 0 for the deletion; default: at each"
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE",
+        help="JSON lines; a sweep that was stopped goes on after the cases that stand in it",
+    )  # fmt: skip
+    parser.add_argument("--lanes", type=int, default=LANES, help="operators at a time")
     arguments = parser.parse_args()
     faults = arguments.faults.split(",")
     unknown = set(faults) - set(FAULTS)
     if unknown:
         parser.error(f"--faults {','.join(sorted(unknown))}: not among {', '.join(FAULTS)}")
     points = [int(number) for number in filter(None, arguments.writes.split(","))]
-    return 0 if whole(asyncio.run(run(faults, points))) else 1
+
+    async def until_stopped() -> bool:
+        this = asyncio.current_task()
+        assert this is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+        return whole(await run(faults, points, Results(arguments.results), arguments.lanes))
+
+    try:
+        return 0 if asyncio.run(until_stopped()) else 1
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
 
 
 if __name__ == "__main__":

@@ -1,32 +1,30 @@
-/* Puts one process into another time: CLOCK_REALTIME is off by the double in $CLOCK_SHIM_FILE,
-   which may change while the process runs. The monotonic clock stays true, as after settimeofday. */
+/* Puts one process into another time: CLOCK_REALTIME is off by the double in the file that it was
+   told to follow, which may change at any time. The monotonic clock stays true, as after settimeofday. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
-#include <math.h>
-#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
-static volatile double *shift(void) {
-  static volatile double *mapped;
-  static double none;
-  if (!mapped) {
-    const char *file = getenv("CLOCK_SHIM_FILE");
-    int opened = file ? open(file, O_RDONLY) : -1;
-    void *found = opened < 0 ? MAP_FAILED : mmap(0, 8, PROT_READ, MAP_SHARED, opened, 0);
-    mapped = found == MAP_FAILED ? &none : found;
-  }
-  return mapped;
+static double none;
+static volatile double *shift = &none;
+
+/* 0, or -1 when the file cannot be mapped. */
+int clock_shim_follow(const char *file) {
+  int opened = open(file, O_RDONLY);
+  void *found = opened < 0 ? MAP_FAILED : mmap(0, 8, PROT_READ, MAP_SHARED, opened, 0);
+  if (found == MAP_FAILED) return -1;
+  shift = found;
+  return 0;
 }
 
 int clock_gettime(clockid_t id, struct timespec *out) {
   static int (*real)(clockid_t, struct timespec *);
   if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
   int result = real(id, out);
-  if (result == 0 && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) out->tv_sec += (time_t)*shift();
+  if (result == 0 && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) out->tv_sec += (time_t)*shift;
   return result;
 }
 

@@ -1,11 +1,14 @@
 """Starts operators quickly: imports the operator once, then forks a process for each command.
 
-    python launcher.py        one JSON object a line on standard input: {"argv": [...], "log": FILE}
+    python launcher.py        one JSON object a line on standard input:
+                              {"number": N, "argv": [...], "log": FILE, "clock": FILE or absent}
 
 Each child runs the operator's own command line as ``python -m tilefleet_operator`` would; only the
-2 s of imports are saved. Prints {"pid": N} for each, and {"ended": N, "status": S} at its end.
+2 s of imports are saved. Prints {"number": N, "pid": P} for each, and {"ended": P, "status": S} at
+its end. clock: how far the child's wall clock is off; needs the clock shim preloaded.
 """
 
+import ctypes
 import json
 import os
 import random
@@ -21,8 +24,10 @@ from tilefleet_operator import process  # noqa: F401
 from tilefleet_operator.cli.tilefleet import main as operator_main
 
 
-def child(argv: list[str], log: str) -> None:
+def child(argv: list[str], log: str, clock: str | None) -> None:
     """Become one operator; never returns."""
+    if clock is not None and ctypes.CDLL(None).clock_shim_follow(clock.encode()) != 0:
+        os._exit(3)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for number in (1, 2):
         os.dup2(output, number)
@@ -56,9 +61,9 @@ def main() -> None:
                     command = json.loads(line)
                     pid = os.fork()
                     if pid == 0:
-                        child(command["argv"], command["log"])
+                        child(command["argv"], command["log"], command.get("clock"))
                     alive.add(pid)
-                    say(pid=pid)
+                    say(number=command["number"], pid=pid)
             for pid in list(alive):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:

@@ -24,7 +24,9 @@ FLOORS = {"create": 0, "scale up": 2, "roll": 3, "scale down": 2, "delete": 0}
 """Ready replicas that a stage must keep at every instant: maxUnavailable is 0."""
 CEILINGS = {"create": 2, "scale up": 3, "roll": 4, "scale down": 3, "delete": 2}
 """Active replicas that a stage may have: maxSurge is 1."""
-LIMIT_SECONDS = 150.0
+LIMIT_SECONDS = 300.0
+STEADY_SECONDS = 1.0
+"""How long a state must stay after a fault to count as reached."""
 OTHERS = (
     "/apis/policy/v1/{}/poddisruptionbudgets",
     "/apis/networking.k8s.io/v1/{}/networkpolicies",
@@ -52,17 +54,13 @@ class Golden:
     writes: dict[str, list[str]] = field(default_factory=dict)
 
 
-@dataclass
-class Verdict:
-    """How one life went."""
+@dataclass(frozen=True)
+class Problem:
+    """One broken promise."""
 
-    namespace: str
-    fault: str
-    at: int
-    stage: str = ""
-    """The stage in which the fault came, "" when the life had fewer writes."""
-    problems: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    kind: str
+    """One of results.KINDS."""
+    text: str
 
 
 class Life:
@@ -71,7 +69,9 @@ class Life:
     def __init__(self, admin: Admin, view: ClusterView, namespace: str, golden: Golden) -> None:
         self.admin, self.view, self.namespace, self.golden = admin, view, namespace, golden
         self.stage = ""
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
+        self.looks = 0
+        """Instants at which ready and active pods were counted."""
         self.created: Counter[str] = Counter()
         self._seen: set[str] = set()
         self._names: Counter[str] = Counter()
@@ -109,19 +109,26 @@ class Life:
             elif time.monotonic() - since > 3.0:
                 return now
 
-    async def reach(self, stage: str, limit: float = LIMIT_SECONDS) -> None:
-        """Wait until the state is that of the undisturbed life."""
-        deadline = time.monotonic() + limit
-        wanted = self.golden.states[stage]
+    async def arrived(self, stage: str, steady: float = 0.0) -> None:
+        """Until the state is that of the undisturbed life, and has been so for ``steady``."""
+        since = None
         while True:
-            await asyncio.sleep(0.1)
-            if self._finished(stage) and await self.state(stage) == wanted:
-                break
-            if time.monotonic() > deadline:
-                now = await self.state(stage)
-                self.problems.append(f"{stage}: not as undisturbed: {_difference(wanted, now)}")
+            await asyncio.sleep(0.1 if since is None else max(0.1, steady / 2))
+            now = time.monotonic()
+            if not self._finished(stage) or await self.state(stage) != self.golden.states[stage]:
+                since = None
+            elif now - (since := since or now) >= steady:
                 return
-        self._count(stage)
+
+    async def reach(self, stage: str, steady: float = 0.0, limit: float = LIMIT_SECONDS) -> None:
+        """Judge the end of a stage: the state, and the pods made."""
+        try:
+            await asyncio.wait_for(self.arrived(stage, steady), limit)
+        except TimeoutError:
+            difference = _difference(self.golden.states[stage], await self.state(stage))
+            self._broken("state", f"not as undisturbed: {difference}")
+        else:
+            self._count(stage)
 
     async def state(self, stage: str) -> str:
         """Everything of this namespace, without names of instants and places."""
@@ -156,9 +163,7 @@ class Life:
     def _count(self, stage: str) -> None:
         wanted = self.golden.created.get(stage)
         if wanted is not None and self.created[stage] != wanted:
-            self.problems.append(
-                f"{stage}: {self.created[stage]} pods were created, undisturbed {wanted}"
-            )
+            self._broken("made", f"{self.created[stage]} pods were created, undisturbed {wanted}")
 
     def _observe(self, plural: str, kind: str, body: Json) -> None:
         metadata = body["metadata"]
@@ -169,13 +174,21 @@ class Life:
             self.created[self.stage] += 1
             self._names[metadata["name"]] += 1
             if self._names[metadata["name"]] > 1:
-                self.problems.append(f"{self.stage}: the pod {metadata['name']} was made twice")
+                self._broken("twice", f"the pod {metadata['name']} was made twice")
         pods = [pod for pod in self.view.of("pods", self.namespace) if _active(pod)]
         ready = sum(map(_ready, pods))
+        self.looks += 1
         if ready < FLOORS[self.stage]:
-            self.problems.append(f"{self.stage}: {ready} ready, at least {FLOORS[self.stage]}")
+            self._broken("down", f"{ready} ready, at least {FLOORS[self.stage]}")
         if len(pods) > CEILINGS[self.stage]:
-            self.problems.append(f"{self.stage}: {len(pods)} pods, at most {CEILINGS[self.stage]}")
+            self._broken("surplus", f"{len(pods)} pods, at most {CEILINGS[self.stage]}")
+
+    def _broken(self, kind: str, text: str) -> None:
+        self.problems.append(Problem(kind, f"{self.stage}: {text}"))
+
+    def over(self) -> None:
+        """Look no more."""
+        self.view.listeners.remove(self._observe)
 
 
 def _active(pod: Json) -> bool:

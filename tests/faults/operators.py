@@ -13,14 +13,15 @@ import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.faults.proxy import Candidate, FaultProxy
-from tests.operator.apiserver import ROOT, ApiServer, free_port
+from tests.operator.apiserver import ROOT, ApiServer
 
-LEASE_SECONDS = 6.0
+LEASE_SECONDS = 10.0
+"""As the operator's own default."""
 NAMESPACE = "faults"
 """Where all operators live, each group with a Lease of its own."""
 _NUMBERS = itertools.count()
@@ -31,47 +32,62 @@ class Launcher:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self.started: asyncio.Queue[int] = asyncio.Queue()
-        self.ends: dict[int, asyncio.Future[int]] = {}
-        self.lock = asyncio.Lock()
+        self._numbers = itertools.count()
+        self._started: dict[int, asyncio.Future[int]] = {}
+        self._ends: dict[int, asyncio.Future[int]] = {}
 
     @classmethod
     @asynccontextmanager
-    async def running(cls) -> AsyncIterator["Launcher"]:
-        """A launcher; its children end with it."""
+    async def running(cls, shim: Path) -> AsyncIterator["Launcher"]:
+        """A launcher; its children end with it. shim: preloaded, see build_clock_shim."""
+        environment = {**os.environ, "LD_PRELOAD": str(shim)}
         process = await asyncio.create_subprocess_exec(
             sys.executable, str(ROOT / "tests" / "faults" / "launcher.py"),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
         )  # fmt: skip
         launcher = cls(process)
-        reader = asyncio.create_task(launcher._read())
-        reader.add_done_callback(_must_not_fail)
-        try:
-            yield launcher
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            await process.wait()
-            reader.cancel()
+        async with asyncio.TaskGroup() as group:
+            reader = group.create_task(launcher._read())
+            try:
+                yield launcher
+            finally:
+                reader.cancel()
+                assert process.stdin is not None
+                process.stdin.close()
+                await process.wait()
 
-    async def start(self, argv: Sequence[str], log: Path) -> tuple[int, asyncio.Future[int]]:
-        """PID, and the future exit status (negative: a signal)."""
+    async def start(
+        self, argv: Sequence[str], log: Path, clock: Path | None = None
+    ) -> tuple[int, asyncio.Future[int]]:
+        """PID, and the future exit status (negative: a signal).
+
+        The answer is found by a number: who stops waiting for one must leave it to nobody else, and
+        the process that it names is then ended.
+        """
         assert self.process.stdin is not None
-        async with self.lock:
-            command: dict[str, Any] = {"argv": list(argv), "log": str(log)}
-            self.process.stdin.write(json.dumps(command).encode() + b"\n")
-            pid = await self.started.get()
-        return pid, self.ends[pid]
+        number = next(self._numbers)
+        started = self._started[number] = asyncio.get_running_loop().create_future()
+        command: dict[str, Any] = {"number": number, "argv": list(argv), "log": str(log)}
+        if clock is not None:
+            command["clock"] = str(clock)
+        self.process.stdin.write(json.dumps(command).encode() + b"\n")
+        try:
+            pid = await asyncio.shield(started)
+        except asyncio.CancelledError:
+            started.add_done_callback(lambda found: os.kill(found.result(), signal.SIGKILL))
+            raise
+        return pid, self._ends[pid]
 
     async def _read(self) -> None:
         assert self.process.stdout is not None
         async for line in self.process.stdout:
             said = json.loads(line)
             if "pid" in said:
-                self.ends[said["pid"]] = asyncio.get_running_loop().create_future()
-                self.started.put_nowait(said["pid"])
+                self._ends[said["pid"]] = asyncio.get_running_loop().create_future()
+                self._started.pop(said["number"]).set_result(said["pid"])
             else:
-                self.ends[said["ended"]].set_result(said["status"])
+                self._ends.pop(said["ended"]).set_result(said["status"])
+        raise RuntimeError(f"the launcher ended: {await self.process.wait()}")
 
 
 class Clock:
@@ -107,8 +123,6 @@ class Supervisor:
         self.clock: Clock | None = None
         self.exits: list[int] = []
         self.candidate: Candidate | None = None
-        self._pid = 0
-        self._task: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def running(self, clock: Clock | None = None) -> AsyncIterator["Supervisor"]:
@@ -116,25 +130,17 @@ class Supervisor:
         self.clock = clock
         port, runner = await self.proxy.listen(self._now)
         kubeconfig = self._kubeconfig(port)
-        self._task = asyncio.create_task(self._supervise(kubeconfig))
-        self._task.add_done_callback(_must_not_fail)
         try:
-            yield self
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(self._supervise(kubeconfig))
+                try:
+                    yield self
+                finally:
+                    task.cancel()
         finally:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-            self._signal(signal.SIGKILL)
+            if self.candidate is not None:
+                self.candidate.send(signal.SIGKILL)
             await runner.cleanup()
-
-    def thaw(self) -> None:
-        """SIGCONT."""
-        self._signal(signal.SIGCONT)
-
-    @property
-    def pid(self) -> int:
-        """The present process."""
-        return self._pid
 
     def _now(self) -> Candidate:
         assert self.candidate is not None
@@ -146,48 +152,18 @@ class Supervisor:
                 "run", f"--kubeconfig={kubeconfig}", f"--namespace={NAMESPACE}",
                 f"--lease-name={self.namespaces[0]}",
                 f"--identity={self.name}", f"--watch-namespaces={','.join(self.namespaces)}",
-                f"--probe-port={free_port()}", f"--metrics-port={free_port()}",
+                "--probe-port=0", "--metrics-port=0",
                 f"--lease-seconds={self.lease_seconds}", "--log-format=text",
                 "--worker-cpu-image=worker:1", "--worker-image=worker:1",
             ]  # fmt: skip
-            self.candidate = Candidate(
-                f"{self.name}#{len(self.exits)}",
-                kill=lambda: self._signal(signal.SIGKILL),
-                freeze=lambda: self._signal(signal.SIGSTOP),
-                set_clock=self._jump,
-            )
-            if self.clock is None:
-                self._pid, end = await self.launcher.start(argv, self.log)
-                status = await asyncio.shield(end)
-            else:
-                status = await self._run_shimmed(argv)
-            self._pid = 0
+            jump = None if self.clock is None else self.clock.jump
+            candidate = self.candidate = Candidate(f"{self.name}#{len(self.exits)}", jump)
+            clock = None if self.clock is None else self.clock.file
+            candidate.pid, end = await self.launcher.start(argv, self.log, clock)
+            status = await asyncio.shield(end)
+            candidate.pid = 0
             self.exits.append(status)
             await asyncio.sleep(0.5)
-
-    async def _run_shimmed(self, argv: Sequence[str]) -> int:
-        assert self.clock is not None
-        environment = {
-            **os.environ,
-            "LD_PRELOAD": str(self.clock.file.parent / "clock_shim.so"),
-            "CLOCK_SHIM_FILE": str(self.clock.file),
-        }
-        with self.log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tilefleet_operator", *argv,
-                stdout=output, stderr=output, env=environment,
-            )  # fmt: skip
-        self._pid = process.pid
-        return await process.wait()
-
-    def _jump(self, seconds: float) -> None:
-        assert self.clock is not None
-        self.clock.jump(seconds)
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._pid:
-            with suppress(ProcessLookupError):
-                os.kill(self._pid, number)
 
     def _kubeconfig(self, port: int) -> str:
         document = {
@@ -201,13 +177,6 @@ class Supervisor:
         file = self.api.folder / f"{self.name}.kubeconfig"
         file.write_text(json.dumps(document))
         return str(file)
-
-
-def _must_not_fail(task: "asyncio.Task[None]") -> None:
-    """A supervisor that died must not look like an operator that hangs."""
-    if not task.cancelled() and task.exception() is not None:
-        task.print_stack()
-        os._exit(2)
 
 
 def build_clock_shim(folder: Path) -> Path:

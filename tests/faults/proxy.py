@@ -7,7 +7,9 @@ one, and knows from the Leases that pass through it who may write at any moment.
 
 import asyncio
 import json
+import os
 import re
+import signal
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
@@ -25,10 +27,11 @@ RETRY_AFTER_SECONDS = 2
 _PLACE = re.compile(r"/apis?/(?:[^/]+/)?v[^/]+/(?:namespaces/([^/]+)/)?([^/]+)(?:/([^/]+))?")
 
 # What the proxy does at the n-th write of a namespace.
-ANSWERS = {"409": "Conflict", "500": "InternalError", "429": "TooManyRequests"}
+ANSWERS = {"409": "Conflict", "410": "Expired", "429": "TooManyRequests", "500": "InternalError"}
 CUTS = ("reset before", "reset after", "no answer")
 WATCHES = ("watch 410", "watch dropped", "watch half-open", "stale list")
 PROCESS = ("kill before", "kill after", "stopped", "clock +1 h", "clock -1 h")
+RESTART = "API server restart"
 
 
 @dataclass(eq=False)
@@ -36,10 +39,15 @@ class Candidate:
     """One operator process as the proxy knows it: by the port that it alone was given."""
 
     name: str
-    kill: Callable[[], None]
-    freeze: Callable[[], None]
-    set_clock: Callable[[float], None]
-    identity: str = ""
+    set_clock: Callable[[float], None] | None = None
+    pid: int = 0
+    """0 before its start and after its end: no other process is ever signalled in its place."""
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if the process lives."""
+        if self.pid:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
 @dataclass
@@ -59,6 +67,8 @@ class Script:
     """Writes repeated before the Retry-After of their 429 had passed."""
     patience: dict[str, float] = field(default_factory=dict)
     early_lists: dict[str, bytes] = field(default_factory=dict)
+    trespasses: list[str] = field(default_factory=list)
+    """Writes of processes that did not hold the Lease when they came."""
 
 
 @dataclass
@@ -86,8 +96,8 @@ class FaultProxy:
     def __init__(self, server: str, context: ssl.SSLContext) -> None:
         self.server, self.context = server, context
         self.scripts: dict[str, Script] = {}
-        self.trespasses: list[str] = []
-        """Writes of processes that did not hold the Lease when they came."""
+        self.restart: Callable[[], None] = lambda: None
+        """Begins to kill the API server and start it anew, if that is not under way."""
         self.requests = 0
         self._leases: dict[tuple[str, str], _Held] = {}
         self._groups: dict[Candidate, tuple[str, str]] = {}
@@ -107,7 +117,7 @@ class FaultProxy:
             proxy._session = session
             yield proxy
 
-    async def listen(self, candidate: Callable[[], Candidate]) -> tuple[int, web.AppRunner]:
+    async def listen(self, candidate: Callable[[], Candidate]) -> tuple[int, web.ServerRunner]:
         """A port for one operator; ``candidate`` names the process that uses it now."""
 
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -176,35 +186,38 @@ class FaultProxy:
             spec, place = document["spec"], (namespace, document["metadata"]["name"])
             self._groups[who] = place
             if spec["holderIdentity"]:
-                who.identity = spec["holderIdentity"]
                 until = time.monotonic() + spec["leaseDurationSeconds"]
-                self._leases[place] = _Held(who, who.identity, until)
+                self._leases[place] = _Held(who, spec["holderIdentity"], until)
             else:
                 self._leases.pop(place, None)
         return answer
 
-    def _judge(self, request: web.BaseRequest, who: Candidate) -> None:
+    def _judge(self, request: web.BaseRequest, who: Candidate, script: Script) -> None:
         """Note a write of a process that does not hold its Lease now."""
         place = self._groups.get(who)
         held = self._leases.get(place) if place else None
         what = f"{who.name} {request.method} {request.path}"
         if held is None or held.candidate is not who:
-            self.trespasses.append(f"{what}: the Lease is {held.identity if held else 'free'}")
+            script.trespasses.append(f"{what}: the Lease is {held.identity if held else 'free'}")
         elif time.monotonic() > held.until:
             late = time.monotonic() - held.until
-            self.trespasses.append(f"{what}: its Lease ended {late:.2f} s ago")
+            script.trespasses.append(f"{what}: its Lease ended {late:.2f} s ago")
 
     async def _write(
         self, request: web.BaseRequest, who: Candidate, namespace: str
     ) -> web.StreamResponse:
-        self._judge(request, who)
         script = self.script(namespace)
+        self._judge(request, who, script)
         what = f"{request.method} {request.path}"
         script.writes.append(what)
         if time.monotonic() < script.patience.pop(what, 0.0):
             script.impatient.append(what)
         if not script.fault or script.fired or len(script.writes) != script.at:
-            return await self._forward(request)
+            try:
+                return await self._forward(request)
+            except (aiohttp.ClientError, ConnectionError):
+                script.writes.pop()  # the server was away: the same write comes again
+                raise
         script.fired, script.victim = what, who
         try:
             return await self._strike(request, who, namespace, script)
@@ -221,27 +234,39 @@ class FaultProxy:
                 script.patience[what] = time.monotonic() + RETRY_AFTER_SECONDS
             await request.read()
             return _refusal(int(fault), ANSWERS[fault])
-        if fault in WATCHES:
-            self._break_watches(namespace, fault)
-            if fault == "stale list":
-                script.stale = set(script.early_lists)
-            return await self._forward(request)
-        if fault.startswith("clock"):
-            who.set_clock(3600.0 if "+" in fault else -3600.0)
-            return await self._forward(request)
-        if fault == "stopped":
-            who.freeze()
+        if fault not in CUTS and not fault.startswith("kill"):
+            self._befall(namespace, fault, who)
             return await self._forward(request)
         if fault not in ("kill before", "reset before"):
             await self._forward(request)
         if fault.startswith("kill"):
-            who.kill()
+            self._befall(namespace, fault, who)
         if fault == "no answer":
             while request.transport is not None and not request.transport.is_closing():
                 await asyncio.sleep(0.05)
         if request.transport is not None:
             request.transport.abort()
         raise ConnectionResetError(fault)
+
+    def strike(self, namespace: str, who: Candidate) -> None:
+        """Do now what does not need a request; ``who`` is the leader."""
+        script = self.script(namespace)
+        script.fired, script.victim = "no write", who
+        self._befall(namespace, script.fault, who)
+        script.struck.set()
+
+    def _befall(self, namespace: str, fault: str, who: Candidate) -> None:
+        """What happens to processes, watches and the server, beside the request."""
+        if fault.startswith("kill"):
+            who.send(signal.SIGKILL)
+        elif fault == "stopped":
+            who.send(signal.SIGSTOP)
+        elif fault.startswith("clock") and who.set_clock is not None:
+            who.set_clock(3600.0 if "+" in fault else -3600.0)
+        elif fault in WATCHES:
+            self._break_watches(namespace, fault)
+        elif fault == RESTART:
+            self.restart()
 
     def _break_watches(self, namespace: str, fault: str) -> None:
         for watch in [one for one in self._watches if one.namespace == namespace]:
@@ -250,6 +275,9 @@ class FaultProxy:
             else:
                 watch.gone = fault != "watch dropped"
                 watch.ended.set()
+        if fault == "stale list":
+            script = self.script(namespace)
+            script.stale = set(script.early_lists)
 
     async def _read(
         self, request: web.BaseRequest, namespace: str, is_list: bool
@@ -304,7 +332,7 @@ class FaultProxy:
                 if mark and not watch.frozen:
                     await response.write(lines + mark)
             if watch.gone and request.transport is not None:
-                status = json.loads(_refusal(410, "Expired").body)
+                status = _status(410, "Expired")
                 await response.write(
                     json.dumps({"type": "ERROR", "object": status}).encode() + b"\n"
                 )
@@ -324,15 +352,18 @@ def _place(request: web.BaseRequest) -> str:
     return f"{request.path}?{selector}"
 
 
-def _refusal(code: int, reason: str) -> web.Response:
-    body: Json = {
+def _status(code: int, reason: str) -> Json:
+    return {
         "apiVersion": "v1", "kind": "Status", "status": "Failure", "code": code, "reason": reason,
         "message": f"injected {reason}", "metadata": {},
     }  # fmt: skip
+
+
+def _refusal(code: int, reason: str) -> web.Response:
     headers = {"Content-Type": "application/json"}
     if code == 429:
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    return web.Response(status=code, body=json.dumps(body).encode(), headers=headers)
+    return web.Response(status=code, body=json.dumps(_status(code, reason)), headers=headers)
 
 
 class _Silent:

@@ -36,6 +36,8 @@ class FakeLeases:
         self.broken: ApiError | None = None
         self.broken_until = float("inf")
         self.writes = 0
+        self.answers_lost = 0
+        """How many of the next writes land without an answer."""
 
     async def read(self, timeout_seconds: float) -> dict[str, Any]:
         self._request(timeout_seconds)
@@ -47,14 +49,22 @@ class FakeLeases:
         self._request(timeout_seconds)
         if self.lease is not None:
             raise Conflict(409, "AlreadyExists", "it exists")
-        return self._store({"metadata": {"name": "lease"}, "spec": dict(spec)})
+        stored = self._store({"metadata": {"name": "lease"}, "spec": dict(spec)})
+        return self._answer(stored, timeout_seconds)
 
     async def update(self, lease: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]:
         self._request(timeout_seconds)
         assert self.lease is not None
         if lease["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
             raise Conflict(409, "Conflict", "modified")
-        return self._store(copy.deepcopy(dict(lease)))
+        return self._answer(self._store(copy.deepcopy(dict(lease))), timeout_seconds)
+
+    def _answer(self, stored: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+        if self.answers_lost:
+            self.answers_lost -= 1
+            self.time.now += timeout_seconds
+            raise UNREACHABLE
+        return stored
 
     def _request(self, timeout_seconds: float) -> None:
         if self.broken is not None and self.time.now < self.broken_until:
@@ -130,6 +140,24 @@ async def test_a_stale_record_of_before_counts_from_the_first_look(
     await one.acquire()
     time.now += 31_536_000
     assert not await two._try_acquire()
+
+
+@pytest.mark.parametrize("held_before", [False, True])
+async def test_a_lease_taken_by_a_request_without_answer_is_ours_at_the_next_look(
+    leases: FakeLeases, time: Time, held_before: bool
+) -> None:
+    """The create or update landed, its answer did not: the taker must not wait for itself."""
+    one, two = candidate(leases, "one"), candidate(leases, "two")
+    if held_before:
+        await one.acquire()
+        assert not await two._try_acquire()
+        time.now += 10
+    leases.answers_lost = 1
+    begun = time.now
+    await two.acquire()
+    assert two.is_leader()
+    assert leases.answers_lost == 0
+    assert time.now - begun <= 3 + 2
 
 
 async def test_release_lets_a_follower_in_at_once(leases: FakeLeases, time: Time) -> None:

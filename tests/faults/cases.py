@@ -1,0 +1,137 @@
+"""How the cases of each kind of fault are lived, and judged against the undisturbed life."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+from tests.faults.bench import PATIENT_SECONDS, Bench
+from tests.faults.life import LIMIT_SECONDS, STAGES, STEADY_SECONDS, Life, Problem
+from tests.faults.operators import LEASE_SECONDS, Clock, Supervisor
+from tests.faults.proxy import RESTART, Candidate
+from tests.faults.results import NO_WRITE, Verdict
+
+TAKE_OVER_SECONDS = 120.0
+"""Far more than a follower needs for a Lease that ended, or a process to end: machines are busy."""
+
+Leader = Callable[[], Candidate | None]
+After = Callable[[], Coroutine[Any, Any, list[Problem]]]
+
+
+async def live(
+    bench: Bench, life: Life, fault: str, at: int, leader: Leader, after: After | None = None
+) -> None:
+    """One life up to the end of the stage in which the fault came, then its deletion."""
+    script = bench.proxy.script(life.namespace)
+    script.fault, script.at = fault, at
+    verdict = Verdict(fault, at)
+    limit = LIMIT_SECONDS * (2 if fault == RESTART else 1)
+    begun = time.monotonic()
+    for stage in (STAGES[0], STAGES[-1]) if at == NO_WRITE else STAGES:
+        last = stage == STAGES[-1]
+        if verdict.stage and not last:
+            continue
+        await life.begin(stage)
+        if last and at == NO_WRITE:
+            await _strike(bench, life.namespace, leader)
+        await _until_struck_or_reached(life, stage, script.struck)
+        if script.fired and not verdict.stage:
+            verdict.stage = stage
+            if after is not None:
+                verdict.problems += await after()
+        await life.reach(stage, STEADY_SECONDS if verdict.stage == stage else 0.0, limit)
+    life.over()
+    verdict.problems += life.problems
+    verdict.problems += [Problem("impatient", what) for what in script.impatient]
+    verdict.problems += [Problem("non-leader", what) for what in script.trespasses]
+    verdict.seconds = round(time.monotonic() - begun, 1)
+    verdict.looks, verdict.writes = life.looks, len(script.writes)
+    verdict.pods = sum(life.created.values())
+    bench.results.take(verdict)
+
+
+async def _until_struck_or_reached(life: Life, stage: str, struck: asyncio.Event) -> None:
+    waiting = [
+        asyncio.create_task(life.arrived(stage)),
+        asyncio.create_task(struck.wait()),
+    ]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=LIMIT_SECONDS)
+    for one in waiting:
+        one.cancel()
+    for end in await asyncio.gather(*waiting, return_exceptions=True):
+        if isinstance(end, Exception):
+            raise end
+
+
+async def _strike(bench: Bench, namespace: str, leader: Leader) -> None:
+    """The fault now, without a write: as soon as there is a leader."""
+    deadline = time.monotonic() + TAKE_OVER_SECONDS
+    while (found := leader()) is None and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    if found is not None:
+        bench.proxy.strike(namespace, found)
+
+
+async def shared(bench: Bench, cases: Sequence[tuple[str, int]], tag: str) -> None:
+    """Cases of one operator that watches a namespace for each."""
+    lives = [await bench.life(f"{tag}-{number}") for number in range(len(cases))]
+    operator = bench.operator([life.namespace for life in lives], lease_seconds=PATIENT_SECONDS)
+    async with operator.running(), asyncio.TaskGroup() as group:
+        for life, (fault, at) in zip(lives, cases, strict=True):
+            group.create_task(live(bench, life, fault, at, lambda: operator.candidate))
+    _judge_exits(bench, operator)
+
+
+def _judge_exits(bench: Bench, operator: Supervisor) -> None:
+    """No fault of a request may end the process; a Lease lost on a slow machine may."""
+    ends = [line for line in operator.log.read_text().splitlines() if " CRITICAL " in line]
+    lost = [line for line in ends if "has not renewed its Lease" in line]
+    if len(ends) > len(lost) or len(operator.exits) > len(lost):
+        problem = Problem("process", f"the operator ended {operator.exits}: {ends}")
+        bench.results.take(Verdict(operator.name, NO_WRITE, "all", [problem]))
+
+
+async def alone(bench: Bench, fault: str, at: int, tag: str) -> None:
+    """One case with operators of its own."""
+    life = await bench.life(tag)
+    async with AsyncExitStack() as stack:
+        clock = Clock(bench.api.folder / f"{tag}.clock") if fault.startswith("clock") else None
+        pair = [bench.operator([tag])]
+        await stack.enter_async_context(pair[0].running(clock))
+        if fault != "stopped":
+            await live(bench, life, fault, at, lambda: bench.proxy.holder(tag))
+            return
+        pair.append(bench.operator([tag], "operator-b"))
+        await stack.enter_async_context(pair[1].running())
+
+        async def after() -> list[Problem]:
+            return await _freeze_past_lease(bench, pair, tag)
+
+        await live(bench, life, fault, at, lambda: bench.proxy.holder(tag), after)
+
+
+async def _freeze_past_lease(bench: Bench, pair: Sequence[Supervisor], tag: str) -> list[Problem]:
+    """Hold the stopped leader until another leads, then let it go on: it must end, not write."""
+    victim = bench.proxy.script(tag).victim
+    stopped = [one for one in pair if one.candidate is victim]
+    if victim is None or not victim.pid or not stopped:
+        return []  # it had lost its Lease and ended before the signal: nothing was stopped
+    before, problems = len(stopped[0].exits), []
+    await asyncio.sleep(LEASE_SECONDS)
+    if not await _within(lambda: bench.proxy.holder(tag) not in (None, victim)):
+        problems.append(Problem("process", "nobody else led while the leader was stopped"))
+    victim.send(signal.SIGCONT)
+    if not await _within(lambda: len(stopped[0].exits) > before):
+        problems.append(Problem("process", "the stopped leader went on after its Lease"))
+    return problems
+
+
+async def _within(true: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + TAKE_OVER_SECONDS
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.1)
+    return True
