@@ -38,7 +38,7 @@ test-rolls: system $(STAMP)  ## 20 rolls and 20 scale-downs under 60 open stream
 	@python3 -u hack/cluster binaries
 	ROLLS=20 $(PY) -m pytest tests/e2e/test_rolls.py -s --timeout 14400
 
-test-faults: system $(STAMP)  ## every fault at every write of a fleet's life: kills, errors, dead watches, frozen leaders
+test-faults: system $(STAMP)  ## every fault at every write of a fleet's life: kills, errors, dead watches, frozen leaders (RESULTS=FILE: go on after a stop)
 	@python3 -u hack/cluster binaries > /dev/null
 	$(PY) -m tests.faults $(if $(RESULTS),--results $(RESULTS))
 

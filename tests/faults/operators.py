@@ -38,9 +38,9 @@ class Launcher:
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, shim: Path) -> AsyncIterator["Launcher"]:
+    async def running(cls, shim: Path | None = None) -> AsyncIterator["Launcher"]:
         """A launcher; its children end with it. shim: preloaded, see build_clock_shim."""
-        environment = {**os.environ, "LD_PRELOAD": str(shim)}
+        environment = {**os.environ, **({"LD_PRELOAD": str(shim)} if shim else {})}
         process = await asyncio.create_subprocess_exec(
             sys.executable, str(ROOT / "tests" / "faults" / "launcher.py"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
