@@ -28,7 +28,7 @@ async def test_a_start_that_nobody_waits_for_any_more_gives_its_process_to_nobod
         unwanted.cancel()
         pid, end = await launcher.start([*argv, *images], kept)
         await _until(lambda: _output(pid) == str(kept))
-        await _until(lambda: left.exists() and _children(launcher.process.pid) == [pid])
+        await _until(lambda: _children(launcher.process.pid) == [pid])
         assert not end.done()
 
 
