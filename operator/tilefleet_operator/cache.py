@@ -7,8 +7,9 @@ of a key. It does not know HTTP, kopf, or what any object means beyond its metad
 Source: ConsistencyStore of Kubernetes 1.36 (expected versions), KEP-5504 (versions compare).
 """
 
+import itertools
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ Key = tuple[str, str]
 
 EXPECTATION_SECONDS = 5.0
 _TOMBSTONES = 20_000
+_LOGGED = 4_096  # changes of one resource that can be told from one another
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class ObjectCache:
         self._expected: dict[Key, _Expected] = {}
         self._seen: dict[str, float] = {}
         self._changes: dict[str, int] = {}
+        self._log: dict[str, deque[str]] = {}
 
     def observe(self, plural: str, event: str | None, body: Mapping[str, Any]) -> bool:
         """Take one watch event (ADDED, MODIFIED, DELETED) or a listed object (None).
@@ -161,6 +164,17 @@ class ObjectCache:
         """How often the view of a resource has changed."""
         return self._changes.get(plural, 0)
 
+    def changed_since(self, plural: str, count: int) -> set[str] | None:
+        """UIDs of what changed after the change of this number; None when that is too long ago."""
+        log, missed = self._log.get(plural, ()), self.changes(plural) - count
+        if missed > len(log):
+            return None
+        return set(itertools.islice(reversed(log), missed))
+
+    def by_uid(self, plural: str, uid: str) -> Json | None:
+        """The object of this UID, None when it is gone."""
+        return self._objects.get((plural, uid))
+
     def ages(self) -> dict[str, float]:
         """Seconds since the last event or list of each resource."""
         now = self.clock()
@@ -186,13 +200,17 @@ class ObjectCache:
                 return False
             self._bury(plural, rival, version(fresh))
         self._unlink(plural, uid)
-        self._changes[plural] = self.changes(plural) + 1
+        self._note(plural, uid)
         self._objects[plural, uid] = self._kinds.setdefault(plural, {})[uid] = fresh
         self._uids[place] = uid
         owner = child_key(fresh)
         if owner is not None:
             self._children.setdefault((plural, owner), set()).add(uid)
         return True
+
+    def _note(self, plural: str, uid: str) -> None:
+        self._changes[plural] = self.changes(plural) + 1
+        self._log.setdefault(plural, deque(maxlen=_LOGGED)).append(uid)
 
     def _unlink(self, plural: str, uid: str) -> None:
         """Remove an object from the index of children; its label may have changed."""
@@ -212,7 +230,7 @@ class ObjectCache:
         self._remember_gone(uid, at)
         if held is None:
             return False
-        self._changes[plural] = self.changes(plural) + 1
+        self._note(plural, uid)
         metadata = held["metadata"]
         place = (plural, metadata.get("namespace") or "", metadata["name"])
         if self._uids.get(place) == uid:

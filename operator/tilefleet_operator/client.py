@@ -32,6 +32,9 @@ from tilefleet_operator.transport import Transport
 
 Json = dict[str, Any]
 LIST_CHUNK = 500
+NO_VERSION = "1"
+"""A resourceVersion that no object has: etcd's first revision is that of the empty store. The API
+server compares it with the one of an object that is there, and ignores it where there is none."""
 _ERRORS = {403: Forbidden, 404: NotFound, 409: Conflict, 410: Gone, 422: Unprocessable}
 
 
@@ -123,12 +126,16 @@ class ApiClient:
         *,
         field_manager: str = FIELD_MANAGER,
         subresource: str = "",
+        only_new: bool = False,
     ) -> Json:
         """Server-side apply of the object, or of a subresource such as ``status``; forced.
 
         Put metadata.uid into ``body`` to touch no other object of that name: Conflict otherwise.
+        only_new: create it; Conflict when the name is taken, by whomever.
         """
         metadata = body["metadata"]
+        if only_new:
+            body = {**body, "metadata": {**metadata, "resourceVersion": NO_VERSION}}
         where = path(resource, metadata.get("namespace"), metadata["name"])
         return await self._request(
             "PATCH",

@@ -14,6 +14,7 @@ from tilefleet_operator.autoscalers import NodeAutoscalers
 from tilefleet_operator.cache import Key, ObjectCache, child_key, version
 from tilefleet_operator.client import ApiClient
 from tilefleet_operator.errors import NotFound, SpecInvalid
+from tilefleet_operator.hardware import Nodes
 from tilefleet_operator.observed import (
     DEVICE_PREFIX,
     DRAINING,
@@ -41,6 +42,7 @@ from tilefleet_operator.resources import (
     REVISIONS,
     Resource,
 )
+from tilefleet_operator.tally import DeviceTally
 
 Json = dict[str, Any]
 _LATEST = 2**63
@@ -53,8 +55,7 @@ class _Views:
     pods: dict[str, tuple[int, PodView]] = field(default_factory=dict)
     nodes: dict[str, tuple[int, NodeView]] = field(default_factory=dict)
     deployments: dict[str, tuple[int, InferenceDeployment]] = field(default_factory=dict)
-    all_nodes: tuple[int, tuple[NodeView, ...]] | None = None
-    use: tuple[int, Mapping[str, Mapping[str, float]]] | None = None
+    all_nodes: tuple[int, Nodes] = (-1, Nodes())
 
 
 class Cluster:
@@ -67,6 +68,7 @@ class Cluster:
         self.api, self.cache, self.namespaces = api, cache, tuple(namespaces)
         self._views = _Views()
         self._foreign: tuple[PodView, ...] = ()
+        self._tally, self._counted = DeviceTally(), 0
         self._autoscalers = NodeAutoscalers(api)
         self.monitors_served = False
 
@@ -87,7 +89,7 @@ class Cluster:
         ]
         for take in takes:
             take()
-        self._views = _Views()
+        self._views = _Views(all_nodes=self._views.all_nodes)
 
     async def _list(self, resource: Resource, selector: str) -> Callable[[], bool]:
         """List one resource; what is returned takes the list into the cache."""
@@ -161,7 +163,10 @@ class Cluster:
             if any(name.startswith(DEVICE_PREFIX) for name in view.requests)
             and not self._watches(view)
         )
-        self._views.use = None
+        for view in before:
+            self._tally.put(view.uid, None)
+        for view in self._foreign:
+            self._tally.put(view.uid, view)
         return device_use(before) != device_use(self._foreign)
 
     async def list_reactions(self) -> set[Key]:
@@ -263,13 +268,14 @@ class Cluster:
                 found[kind, name] = held
         return found
 
-    def nodes(self) -> tuple[NodeView, ...]:
-        """Every node, by name; the same tuple until one changes."""
-        now, held = self.cache.changes(NODES.plural), self._views.all_nodes
-        if held is None or held[0] != now:
-            nodes = tuple(self._node(body) for body in self.cache.all(NODES.plural))
-            held = self._views.all_nodes = (now, nodes)
-        return held[1]
+    def nodes(self) -> Nodes:
+        """Every node, by name; the same tuple until one changes in what a view holds."""
+        now, (seen, held) = self.cache.changes(NODES.plural), self._views.all_nodes
+        if seen != now:
+            nodes = Nodes(map(self._node, self.cache.all(NODES.plural)))
+            held = held if held == nodes else nodes
+            self._views.all_nodes = (now, held)
+        return held
 
     def _nodes_of(self, pods: Iterable[PodView]) -> tuple[NodeView, ...]:
         """The nodes that carry some pods, by name."""
@@ -279,11 +285,16 @@ class Cluster:
 
     def device_use(self) -> Mapping[str, Mapping[str, float]]:
         """AMD devices asked for on each node, by our pods and by those of others."""
-        now, held = self.cache.changes(PODS.plural), self._views.use
-        if held is None or held[0] != now:
-            ours = (self._pod(body) for body in self.cache.all(PODS.plural))
-            held = self._views.use = (now, device_use((*ours, *self._foreign)))
-        return held[1]
+        changed = self.cache.changed_since(PODS.plural, self._counted)
+        if changed is None:
+            self._tally = DeviceTally()
+            for view in (*self._foreign, *map(self._pod, self.cache.all(PODS.plural))):
+                self._tally.put(view.uid, view)
+        for uid in changed or ():
+            body = self.cache.by_uid(PODS.plural, uid)
+            self._tally.put(uid, None if body is None else self._pod(body))
+        self._counted = self.cache.changes(PODS.plural)
+        return self._tally.use
 
     def _pod(self, body: Json) -> PodView:
         uid, now = body["metadata"]["uid"], version(body)

@@ -33,13 +33,15 @@ def judged(snapshot: Snapshot, pods: Fleet) -> Fit | None:
     accelerator = snapshot.deployment.spec.accelerator
     if accelerator.vendor != "amd":
         return None
-    others = {node: dict(used) for node, used in snapshot.device_use.items()}
+    use, mine = snapshot.device_use, dict[str, dict[str, float]]()
     for pod in pods.active:
-        used = others.get(pod.node or "", {})
+        if pod.node is None or pod.node not in use:
+            continue
+        used = mine.setdefault(pod.node, dict(use[pod.node]))
         for name, own in pod.requests.items():
             if name.startswith(DEVICE_PREFIX):
                 used[name] = max(0.0, used.get(name, 0.0) - own)
-    return placement.fit(accelerator, snapshot.nodes, others)
+    return placement.fit(accelerator, snapshot.nodes, {**use, **mine})
 
 
 def places(snapshot: Snapshot, pods: Fleet) -> int:
@@ -81,6 +83,8 @@ def assigned(
         )
         for pod in waiting.values()
     ]
+    if not waiting and not step.additions:
+        return Assignment((), ())
     packing = snapshot.deployment.spec.accelerator.packing
     free = fit.within(snapshot.device_use)
     moves, places = placement.assign(free, demands, len(step.additions), packing)

@@ -24,6 +24,8 @@ from tilefleet_operator.upkeep import is_claimable
 logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
+PARALLEL = 8
+"""Writes of one plan at a time: a fleet of 1,000 replicas leaves connections to the others."""
 PostDrain = Callable[[str, int, float], Awaitable[None]]
 """(pod IP, port, timeout in seconds); never raises for a worker that does not answer."""
 
@@ -43,16 +45,27 @@ class Executor:
         self.post_drain, self.poster = post_drain, EventPoster(api, telemetry, identity)
 
     async def execute(self, owner: Owner, plan: Plan) -> None:
-        """The actions rank by rank, then events, then status, which is written whatever failed.
+        """The events and the status, then the actions rank by rank, whatever failed before.
 
-        Independent children do not wait for each other's errors: all are tried, and all errors are
-        raised together as an ExceptionGroup of ApiError. Pods wait for the next plan when a child's
-        name is taken: it may be their ServiceAccount's; and when a pod that was to leave stays:
-        their number counts on its room. LeaseLost is raised at once.
+        The status says what was seen and decided, and does not wait for a roll: a changed spec is
+        acknowledged by the first write. The events of a transition come before the status, which
+        would forget them. Independent children do not wait for each other's errors: all are tried,
+        and all errors are raised together as an ExceptionGroup of ApiError. Pods wait for the next
+        plan when a child's name is taken: it may be their ServiceAccount's; and when a pod that was
+        to leave stays: their number counts on its room. LeaseLost is raised at once.
         """
-        if any(map(_makes_pod, plan.actions)) and not await self._lives(owner):
-            return
+        await self._post(owner, plan.events)
         errors: list[Exception] = []
+        lives = False
+        if plan.status is not None:
+            try:
+                lives = await self._status(owner, plan)
+                if not lives:
+                    return
+            except ApiError as error:
+                errors.append(error)
+        if any(map(_makes_pod, plan.actions)) and not lives and not await self._lives(owner):
+            return
         crowded = False
         for _, chosen in itertools.groupby(sorted(plan.actions, key=_rank), _rank):
             actions = [action for action in chosen if not (crowded and _makes_pod(action))]
@@ -61,20 +74,17 @@ class Executor:
             crowded |= bool(failed) and isinstance(actions[0], Drain | Delete)
             if any(isinstance(error, NameTaken) for error in errors):
                 break  # pods rank last; the next plan knows whose name it is, and decides anew
-        events = [*plan.events, *(_failure_event(error) for error in errors)]
-        seen = self.cache.get(PLURAL, *owner.key)
-        moment = str(seen["metadata"]["resourceVersion"]) if seen else ""
-        for event in events:
-            await self.poster.post(owner, event, moment)
-        if plan.status is not None:
-            try:
-                await self._status(owner, plan)
-            except ApiError as error:
-                errors.append(error)
+        await self._post(owner, [_failure_event(error) for error in errors])
         if errors:
             raise ExceptionGroup(
                 f"{len(errors)} of the writes for {owner.namespace}/{owner.name}", errors
             )
+
+    async def _post(self, owner: Owner, events: Sequence[Event]) -> None:
+        seen = self.cache.get(PLURAL, *owner.key)
+        moment = str(seen["metadata"]["resourceVersion"]) if seen else ""
+        for event in events:
+            await self.poster.post(owner, event, moment)
 
     async def _lives(self, owner: Owner) -> bool:
         """Whether the owner is still there, asked of the API server itself.
@@ -87,14 +97,23 @@ class Executor:
         except NotFound:
             self.cache.bury(PLURAL, owner.uid)
             return False
-        self.cache.observe(PLURAL, None, found)
+        return self._is_alive(owner, found)
+
+    def _is_alive(self, owner: Owner, found: Json) -> bool:
         metadata = found["metadata"]
-        return metadata["uid"] == owner.uid and "deletionTimestamp" not in metadata
+        if metadata["uid"] == owner.uid and "deletionTimestamp" not in metadata:
+            return True
+        self.cache.observe(PLURAL, None, found)
+        return False
 
     async def _all(self, key: Key, actions: Sequence[Action]) -> list[Exception]:
-        results = await asyncio.gather(
-            *(self._act(key, action) for action in actions), return_exceptions=True
-        )
+        limit = asyncio.Semaphore(PARALLEL)
+
+        async def one(action: Action) -> None:
+            async with limit:
+                await self._act(key, action)
+
+        results = await asyncio.gather(*map(one, actions), return_exceptions=True)
         errors: list[Exception] = []
         for action, result in zip(actions, results, strict=True):
             outcome = "ok" if result is None else "error"
@@ -111,41 +130,49 @@ class Executor:
         if isinstance(action, Delete):
             await self._delete(key, action)
         elif isinstance(action, Drain):
-            await self._apply(key, PODS, action.body, action.field_manager)
+            await self._apply(key, PODS, action)
             if action.ip is not None:
                 await self.post_drain(action.ip, action.port, action.timeout_seconds)
         else:
             resource = BY_KIND[action.kind]
-            if "uid" not in action.body["metadata"]:
-                await self._refuse_foreign(key, resource, action)
             try:
-                await self._apply(key, resource, action.body, action.field_manager)
+                await self._claim(key, resource, action)
             except NotFound:
                 if resource is not MONITORS:
                     raise
                 # Their definition went; the next list of them says so, and no plan wants one then.
                 logger.info("%s: the cluster has no PodMonitors any more", what)
 
-    async def _refuse_foreign(self, key: Key, resource: Resource, action: Apply) -> None:
-        """Never take over an object of somebody else's by its name.
+    async def _claim(self, key: Key, resource: Resource, action: Apply) -> None:
+        """Apply an object, but never take over one of somebody else's by its name.
 
-        A pod needs no look: its spec cannot be changed, so the API server refuses the take-over.
+        One that was never seen is only created. A name that is taken is looked at: it may be our
+        own write whose answer was lost, or one that the watch has not shown yet.
         """
-        held = self.cache.get(resource.plural, action.namespace, action.name)
-        if resource is PODS and held is None:
+        metadata = action.body["metadata"]
+        if "uid" in metadata:
+            await self._apply(key, resource, action)
             return
+        held = self.cache.get(resource.plural, action.namespace, action.name)
         if held is None:
             try:
-                held = await self.api.get(resource, action.namespace, action.name)
-            except NotFound:
+                await self._apply(key, resource, action, only_new=True)
                 return
-            self.cache.observe(resource.plural, None, held)  # the next plan says it on the object
-        if not is_claimable(held, owner_uid(action.body["metadata"]), key[1]):
+            except Conflict:
+                held = await self.api.get(resource, action.namespace, action.name)
+            if resource is not PODS:  # the next plan says of a child whose name it is
+                self.cache.observe(resource.plural, None, held)
+        if not is_claimable(held, owner_uid(metadata), key[1]):
             text = f"{action.kind} {action.name} exists and is not controlled by this object"
             raise NameTaken(409, "NameTaken", text)
+        await self._apply(key, resource, action)
 
-    async def _apply(self, key: Key, resource: Resource, body: Any, field_manager: str) -> None:
-        answer = await self.api.apply(resource, body, field_manager=field_manager)
+    async def _apply(
+        self, key: Key, resource: Resource, action: Apply | Drain, *, only_new: bool = False
+    ) -> None:
+        answer = await self.api.apply(
+            resource, action.body, field_manager=action.field_manager, only_new=only_new
+        )
         metadata = answer["metadata"]
         if resource is MONITORS:
             self.cache.observe(resource.plural, None, answer)  # no watch will show it
@@ -184,24 +211,21 @@ class Executor:
             raise Conflict(409, "Conflict", "another change came first", f"delete {action.name}")
         self.cache.bury(resource.plural, action.uid)
 
-    async def _status(self, owner: Owner, plan: Plan) -> None:
+    async def _status(self, owner: Owner, plan: Plan) -> bool:
+        """Write the status; whether the owner is still there, and not about to go."""
+        metadata = {"namespace": owner.namespace, "name": owner.name, "uid": owner.uid}
         body = {
-            "apiVersion": API_VERSION,
-            "kind": KIND,
-            "metadata": {
-                "namespace": owner.namespace,
-                "name": owner.name,
-                "uid": owner.uid,
-            },
-            "status": plan.status,
-        }
+            "apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": plan.status,
+        }  # fmt: skip
         try:
             answer = await self.api.apply(DEPLOYMENTS, body, subresource="status")
         except NotFound:
             logger.info("%s/%s is gone, so is its status", owner.namespace, owner.name)
-            return
+            self.cache.bury(PLURAL, owner.uid)
+            return False
         seen_at = answer["metadata"]["resourceVersion"]
         self.cache.expect(owner.key, PLURAL, owner.uid, seen_at)
+        return self._is_alive(owner, answer)
 
 
 def _rank(action: Action) -> tuple[int, bool]:

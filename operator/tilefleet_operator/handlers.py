@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import kopf
 
@@ -24,6 +24,13 @@ logger = logging.getLogger(__name__)
 _TOKEN_LIFE = timedelta(minutes=5)
 
 
+class Dirty(Protocol):
+    """What is told of a key whose view changed."""
+
+    def __call__(self, key: Key, *, urgent: bool = False) -> None:
+        """Ask for a reconcile. urgent: a person waits for the answer."""
+
+
 class Shell:
     """Handlers of one kopf operator.
 
@@ -35,7 +42,7 @@ class Shell:
         self,
         cluster: Cluster,
         login: Login,
-        dirty: Callable[[Key], None],
+        dirty: Dirty,
         relisted: Callable[[], None],
     ) -> None:
         self.cluster, self.login = cluster, login
@@ -73,9 +80,10 @@ class Shell:
         )
 
     async def _deployment(self, event: Any, **_: Any) -> None:
-        metadata = event["object"]["metadata"]
+        body = event["object"]
+        metadata = body["metadata"]
         if self._observe(PLURAL, event):
-            self.dirty((metadata["namespace"], metadata["name"]))
+            self.dirty((metadata["namespace"], metadata["name"]), urgent=is_unanswered(body))
 
     async def _node(self, event: Any, **_: Any) -> None:
         """Heartbeats change a node's version, but not what placement reads of it."""
@@ -94,6 +102,12 @@ class Shell:
         if event["type"] is None:
             self.relisted()
         return self.cache.observe(plural, event["type"], event["object"])
+
+
+def is_unanswered(body: Mapping[str, Any]) -> bool:
+    """Whether a fleet's spec is newer than what its status speaks of."""
+    observed = (body.get("status") or {}).get("observedGeneration")
+    return bool(body["metadata"].get("generation") != observed)
 
 
 async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:

@@ -7,8 +7,9 @@ the taints that a replica tolerates.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from tilefleet_operator.accelerator import AcceleratorSpec
 
@@ -22,6 +23,7 @@ _HEALTH_LABEL = re.compile(r"^metricsexporter\.amd\.com\.gpu\.([^.]+)\.state$")
 _DCM_STATE = "dcm.amd.com/gpu-config-profile-state"
 _GPU_MODE = "amd.com/gpu.mode"
 _CANDIDATE_LABELS = ("feature.node.kubernetes.io/amd-gpu", "feature.node.kubernetes.io/amd-vgpu")
+Answer = TypeVar("Answer")
 # Set by remediation, and by the admin before a repartitioning (gpu-operator).
 _REPAIR_TAINTS = ("amd-dcm", "amd-gpu-unhealthy")
 _BLOCKING_EFFECTS = ("NoSchedule", "NoExecute")
@@ -55,6 +57,24 @@ class NodeView:
     conditions: Mapping[str, str] = field(default_factory=dict)
     created: float = 0.0
     ready_changed: float = 0.0
+
+
+class Nodes(tuple[NodeView, ...]):
+    """Nodes at one moment, with a notebook for what costs much to find out about all of them.
+
+    A thousand fleets ask the same of the same nodes; the answers go when a node changes, and with
+    it this tuple.
+    """
+
+    _known: dict[Hashable, Any]
+
+    def recall(self, question: Hashable, find: Callable[[], Answer]) -> Answer:
+        """The answer of `find`, which must depend on these nodes and the question alone."""
+        known = self.__dict__.setdefault("_known", {})
+        if question not in known:
+            known[question] = find()
+        answer: Answer = known[question]
+        return answer
 
 
 def device_ids(node: NodeView) -> tuple[str, ...]:

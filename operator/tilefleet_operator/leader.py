@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 import kopf
 
-from tilefleet_operator.cache import ObjectCache
+from tilefleet_operator.api import PLURAL
+from tilefleet_operator.cache import Key, ObjectCache
 from tilefleet_operator.client import ApiClient
 from tilefleet_operator.cluster import Cluster
 from tilefleet_operator.desired import Defaults
 from tilefleet_operator.errors import ApiError, TooManyRequests
 from tilefleet_operator.executor import Executor
-from tilefleet_operator.handlers import Shell
+from tilefleet_operator.handlers import Shell, is_unanswered
 from tilefleet_operator.login import Login
 from tilefleet_operator.metrics import WorkerPoller, post_drain
 from tilefleet_operator.reconcile import Reconciler, work
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 class LeaderTiming:
     """Seconds, and the number of reconciles at a time."""
 
-    workers: int = 8
+    workers: int = 16
     resync_seconds: float = 240.0
     """Pause between full lists, with 25 % jitter; a list prunes what the watches missed."""
     relist_seconds: float = 5.0
@@ -82,7 +83,7 @@ class Leader:
         self.reconciler = Reconciler(
             self.cluster, self.executor, self.poller, defaults, telemetry, late=self._late
         )
-        self.shell = Shell(self.cluster, login, self.queue.add, self._relisted)
+        self.shell = Shell(self.cluster, login, self._dirty, self._relisted)
         self._resync_now = asyncio.Event()
         self._late_since = -math.inf
         self._stop_kopf = asyncio.Event()
@@ -185,7 +186,8 @@ class Leader:
             loop.add_signal_handler(number, on_signal)
         while True:
             for key in self.cache.deployment_keys():
-                self.queue.add(key)
+                body = self.cache.get(PLURAL, *key)
+                self.queue.add(key, urgent=body is not None and is_unanswered(body))
             self._synced.set()
             pause = self._resync_pause()
             with suppress(TimeoutError):
@@ -202,6 +204,9 @@ class Leader:
         if doubted < self.timing.suspect_seconds:
             return max(self.timing.relist_seconds, doubted)
         return self.timing.resync_seconds * random.uniform(0.75, 1.25)
+
+    def _dirty(self, key: Key, *, urgent: bool = False) -> None:
+        self.queue.add(key, urgent=urgent)
 
     def _late(self) -> None:
         if time.monotonic() - self._late_since > self.timing.suspect_seconds:

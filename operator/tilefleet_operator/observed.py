@@ -74,6 +74,7 @@ __all__ = [
     "Taint",
     "WorkerStats",
     "device_use",
+    "held_devices",
     "node_view",
     "owner_uid",
     "pod_view",
@@ -103,19 +104,23 @@ class Snapshot:
 
 
 def device_use(pods: tuple[PodView, ...]) -> dict[str, dict[str, float]]:
-    """AMD devices asked for, node name → resource name → count, by pods that have not ended.
+    """AMD devices asked for, node name → resource name → count, by pods that have not ended."""
+    used: dict[str, dict[str, float]] = {}
+    for pod in pods:
+        for name, amount in held_devices(pod):
+            node = used.setdefault(str(pod.node), {})
+            node[name] = node.get(name, 0.0) + amount
+    return used
+
+
+def held_devices(pod: PodView) -> tuple[tuple[str, float], ...]:
+    """AMD devices that a pod holds on its node.
 
     Balloons hold nothing: whoever needs their place gets it.
     """
-    used: dict[str, dict[str, float]] = {}
-    for pod in pods:
-        if pod.node is None or pod.finished or pod.labels.get(LABEL_ROLE) == ROLE_BALLOON:
-            continue
-        for name, amount in pod.requests.items():
-            if name.startswith(DEVICE_PREFIX):
-                node = used.setdefault(pod.node, {})
-                node[name] = node.get(name, 0.0) + amount
-    return used
+    if pod.node is None or pod.finished or pod.labels.get(LABEL_ROLE) == ROLE_BALLOON:
+        return ()
+    return tuple((name, n) for name, n in pod.requests.items() if name.startswith(DEVICE_PREFIX))
 
 
 def node_view(obj: Mapping[str, Any]) -> NodeView:

@@ -18,6 +18,10 @@ TELEMETRY_SECONDS = 30.0
 TELEMETRY_CHANGE = 0.05
 DECISIONS_KEPT = 10
 _TELEMETRY = ("utilization", "capacity", "demand")
+_COUNTS = (
+    "replicas", "readyReplicas", "updatedReplicas", "pendingReplicas", "drainingReplicas",
+    "accelerator",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,19 @@ def wait(report: Report, previous: Mapping[str, Any], now: float) -> float | Non
     if moved(kept, _telemetry(report.telemetry, now)):
         waits.append(max(0.0, _sampled(kept) + TELEMETRY_SECONDS - now))
     return min((one for one in waits if one is not None), default=None)
+
+
+def is_minor(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """True when nothing but counts, figures and words differ: no answer to a spec, no decision, no
+    condition that turned. Replicas that start pass several such states within a second."""
+    return _gist(before) == _gist(after)
+
+
+def _gist(status: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = (*_COUNTS, *_TELEMETRY, "conditions")
+    gist = {key: value for key, value in status.items() if key not in left_out}
+    held = status.get("conditions") or []
+    return gist | {one["type"]: (one["status"], one["observedGeneration"]) for one in held}
 
 
 def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

@@ -39,6 +39,9 @@ class QueueLimits:
     event_floor_seconds: float = 5.0
     """An event wakes a failing key from its backoff, but not sooner than this after the failure:
     a refused write that provokes an event each time must not become a hot loop."""
+    head_start_seconds: float = 5.0
+    """An urgent key goes before those that fell due less than this before it: a user's change does
+    not wait behind the roll of a thousand fleets, and no fleet waits for ever behind changes."""
 
 
 class QueueClosed(OperatorError):
@@ -46,7 +49,7 @@ class QueueClosed(OperatorError):
 
 
 class WorkQueue:
-    """Dirty keys in the order in which they fall due.
+    """Dirty keys in the order in which they fall due; urgent ones have a head start.
 
     Promises: a key that is being worked on is never handed out again before ``done``; a key added
     meanwhile is handed out once afterwards; of several requests for one key the earliest wins.
@@ -61,27 +64,37 @@ class WorkQueue:
         self.limits = limits or QueueLimits()
         self.clock = clock
         self.rand = rand
-        self._due: dict[Key, float] = {}
+        # key → (rank, due): the rank orders, and is before the due time for an urgent key
+        self._due: dict[Key, tuple[float, float]] = {}
         self._heap: list[tuple[float, Key]] = []
         self._running: dict[Key, float] = {}
-        self._again: dict[Key, float] = {}
+        self._again: dict[Key, tuple[float, float]] = {}
         self._failures: dict[Key, int] = {}
         self._floor: dict[Key, float] = {}
         self._bucket = TokenBucket(self.limits.keys_per_second, self.limits.burst, clock)
         self._wake = asyncio.Event()
         self._closed = False
 
-    def add(self, key: Key, delay_seconds: float = 0.0) -> None:
-        """Ask for one run of ``key`` in ``delay_seconds``; an earlier request wins."""
-        when = max(self.clock() + delay_seconds, self._floor.get(key, self.clock()))
+    def add(self, key: Key, delay_seconds: float = 0.0, *, urgent: bool = False) -> None:
+        """Ask for one run of ``key`` in ``delay_seconds``; an earlier request wins.
+
+        urgent: somebody waits for the answer. What is not due yet has no head start.
+        """
+        now = self.clock()
+        due = max(now + delay_seconds, self._floor.get(key, now))
+        ahead = self.limits.head_start_seconds if urgent and due <= now else 0.0
+        self._ask(key, due - ahead, due)
+
+    def _ask(self, key: Key, rank: float, due: float) -> None:
         waiting = self._again if key in self._running else self._due
-        if when >= waiting.get(key, math.inf):
+        held = waiting.get(key, (math.inf, math.inf))
+        if rank >= held[0]:
             return
-        waiting[key] = when
+        waiting[key] = (rank, min(due, held[1]))
         if waiting is self._due:
-            heapq.heappush(self._heap, (when, key))
+            heapq.heappush(self._heap, (rank, key))
             if len(self._heap) > 2 * len(self._due) + _SPARE:
-                self._heap = [(when, key) for key, when in self._due.items()]
+                self._heap = [(rank, key) for key, (rank, _) in self._due.items()]
                 heapq.heapify(self._heap)
             self._wake.set()
 
@@ -102,12 +115,12 @@ class WorkQueue:
             self._wake.clear()
             wait = self._seconds_to_next()
             if wait is not None and wait <= 0:
-                when, key = heapq.heappop(self._heap)
-                del self._due[key]
+                _, key = heapq.heappop(self._heap)
+                _, due = self._due.pop(key)
                 self._bucket.take()
                 now = self.clock()
                 self._running[key] = now
-                return key, max(0.0, now - when)
+                return key, max(0.0, now - due)
             try:
                 await asyncio.wait_for(self._wake.wait(), wait)
             except TimeoutError:
@@ -135,7 +148,8 @@ class WorkQueue:
         else:
             self.forget(key)
         if again is not None:
-            self.add(key, again - self.clock())
+            floor = self._floor.get(key, -math.inf)
+            self._ask(key, *(max(one, floor) for one in again))
         if requeue_after_seconds is not None:
             self.add(key, requeue_after_seconds)
 
@@ -147,12 +161,13 @@ class WorkQueue:
     def depth(self) -> int:
         """Keys that are due now and wait for a worker."""
         now = self.clock()
-        return sum(1 for when in self._due.values() if when <= now)
+        return sum(1 for _, due in self._due.values() if due <= now)
 
     def oldest_seconds(self) -> float:
         """Age of the longest overdue or longest running key; 0 when there is none."""
         now = self.clock()
-        return max(0.0, now - min([*self._due.values(), *self._running.values()], default=now))
+        waiting = (due for _, due in self._due.values())
+        return max(0.0, now - min([*waiting, *self._running.values()], default=now))
 
     def _backoff(self, key: Key) -> float:
         count = self._failures[key] = self._failures.get(key, 0) + 1
@@ -162,8 +177,10 @@ class WorkQueue:
 
     def _seconds_to_next(self) -> float | None:
         """Seconds until a key may be handed out, <= 0 for now, None for an empty queue."""
-        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+        nothing = (math.nan, math.nan)
+        while self._heap and self._due.get(self._heap[0][1], nothing)[0] != self._heap[0][0]:
             heapq.heappop(self._heap)  # superseded by an earlier request
         if not self._heap:
             return None
-        return max(self._heap[0][0] - self.clock(), self._bucket.wait_seconds())
+        _, due = self._due[self._heap[0][1]]
+        return max(due - self.clock(), self._bucket.wait_seconds())

@@ -202,3 +202,22 @@ def test_any_order_of_events_ends_in_the_same_view(
         cache.observe("pods", event, body)
         queues = [events for events in queues if events]
     assert names(cache) == sorted(alive.items())
+
+
+def test_what_changed_since_is_told_by_uid(cache: ObjectCache) -> None:
+    cache.observe("pods", None, pod("a", "uid-a", 1))
+    before = cache.changes("pods")
+    assert cache.changed_since("pods", before) == set()
+    cache.observe("pods", None, pod("b", "uid-b", 2))
+    cache.observe("pods", "DELETED", pod("a", "uid-a", 3))
+    cache.observe("services", None, pod("c", "uid-c", 4))
+    assert cache.changed_since("pods", before) == {"uid-a", "uid-b"}
+    assert cache.by_uid("pods", "uid-a") is None
+    assert cache.by_uid("pods", "uid-b") is not None
+
+
+def test_changes_too_long_ago_are_not_told_apart(cache: ObjectCache) -> None:
+    for number in range(5_000):
+        cache.observe("pods", None, pod("a", "uid-a", number + 1))
+    assert cache.changed_since("pods", 4_990) == {"uid-a"}
+    assert cache.changed_since("pods", 0) is None

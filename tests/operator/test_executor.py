@@ -1,5 +1,6 @@
 """Carrying out a plan: order, independence of errors, expectations, events; on a recording API."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from tilefleet_operator.cache import ObjectCache
 from tilefleet_operator.client import ListResult
 from tilefleet_operator.errors import Conflict, Forbidden, LeaseLost, NotFound, Unprocessable
 from tilefleet_operator.events import Owner
-from tilefleet_operator.executor import Executor
+from tilefleet_operator.executor import PARALLEL, Executor
 from tilefleet_operator.plan import Apply, Delete, Drain, Plan
 from tilefleet_operator.resources import DEPLOYMENTS, Resource
 from tilefleet_operator.telemetry import Telemetry
@@ -26,6 +27,8 @@ class RecordingApi:
         self.services: dict[str, Any] = {}
         self.living: list[str] = []
         self.owner_gone = False
+        self.gets = 0
+        self.marks: dict[str, str] = {}
         self.grace_seconds = 30
         self.version = 100
 
@@ -37,6 +40,7 @@ class RecordingApi:
             raise self.failures[verb, name]
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Any:
+        self.gets += 1
         if resource is DEPLOYMENTS:
             if self.owner_gone:
                 raise NotFound(404, "NotFound", name)
@@ -50,11 +54,18 @@ class RecordingApi:
         return ListResult(tuple(found), str(self.version))
 
     async def apply(
-        self, resource: Resource, body: Any, *, field_manager: str = "t", subresource: str = ""
-    ) -> Any:
-        self._call(subresource or "apply", resource.kind, body["metadata"]["name"], body)
+        self, resource: Resource, body: Any, *, field_manager: str = "t", subresource: str = "",
+        only_new: bool = False,
+    ) -> Any:  # fmt: skip
+        name = body["metadata"]["name"]
+        if only_new and name in self.services:
+            raise Conflict(409, "Conflict", "the object has been modified")
+        if subresource and self.owner_gone:
+            raise NotFound(404, "NotFound", name)
+        self._call(subresource or "apply", resource.kind, name, body)
         uid = body["metadata"].get("uid") or "uid-" + body["metadata"]["name"]
-        return {"metadata": {"uid": uid, "resourceVersion": str(self.version)}}
+        found = {"uid": uid, "namespace": "ns", "name": name, "resourceVersion": str(self.version)}
+        return {"metadata": found | self.marks}
 
     async def create(self, resource: Resource, body: Any) -> Any:
         self._call("create", body.get("reason", resource.kind), body["metadata"]["name"], body)
@@ -105,7 +116,7 @@ def child(kind: str, name: str) -> Apply:
     return Apply({"apiVersion": "v1", "kind": kind, "metadata": metadata}, "wanted")
 
 
-def drain(name: str, ip: str | None = "10.0.0.1") -> Drain:
+def leaving(name: str, ip: str | None = "10.0.0.1") -> Drain:
     body = {"metadata": {"name": name, "namespace": "ns", "uid": f"uid-{name}"}}
     return Drain(name, "ns", f"uid-{name}", ip, body, 30.0, "leaves")
 
@@ -119,29 +130,30 @@ def harness() -> Harness:
     return Harness()
 
 
-async def test_drain_delete_create_event_status_in_this_order(harness: Harness) -> None:
+async def test_event_status_drain_delete_create_in_this_order(harness: Harness) -> None:
     await harness.execute(
         child("Pod", "new"),
         gone("old"),
-        drain("leaving"),
+        leaving("leaving"),
         events=(("Normal", "ScaledUp", "1 to 2"),),
         status={"replicas": 2},
     )
     verbs = [(verb, kind) for verb, kind, _ in harness.api.calls]
     assert verbs == [
+        ("create", "ScaledUp"),
+        ("status", "InferenceDeployment"),
         ("apply", "Pod"),
         ("delete", "Pod"),
         ("apply", "Pod"),
-        ("create", "ScaledUp"),
-        ("status", "InferenceDeployment"),
     ]
-    assert [name for _, _, name in harness.api.calls[:3]] == ["leaving", "old", "new"]
+    assert [name for _, _, name in harness.api.calls[2:]] == ["leaving", "old", "new"]
     assert harness.drained == [("10.0.0.1", 8001, 30.0)]
-    assert harness.api.bodies[-1]["metadata"]["uid"] == "cr-uid"
+    assert harness.api.bodies[1]["metadata"]["uid"] == "cr-uid"
+    assert harness.api.gets == 0, "the answer to the status says that the fleet is there"
 
 
 async def test_a_pod_without_address_is_relabelled_but_not_called(harness: Harness) -> None:
-    await harness.execute(drain("leaving", ip=None))
+    await harness.execute(leaving("leaving", ip=None))
     assert harness.api.calls == [("apply", "Pod", "leaving")]
     assert harness.drained == []
 
@@ -154,7 +166,7 @@ async def test_an_error_stops_no_other_action_and_not_the_status(harness: Harnes
         await harness.execute(*(child("Pod", name) for name in "abc"), status={})
     assert set(caught.value.exceptions) == {quota, invalid}
     assert ("apply", "Pod", "c") in harness.api.calls
-    assert harness.api.calls[-1][0] == "status"
+    assert ("status", "InferenceDeployment", "fleet") in harness.api.calls
     warned = [body for body in harness.api.bodies if body and body.get("reason") == "WriteFailed"]
     assert any("exceeded quota" in body["message"] for body in warned)
     value = harness.telemetry.registry.get_sample_value
@@ -166,8 +178,8 @@ async def test_an_error_stops_no_other_action_and_not_the_status(harness: Harnes
 async def test_a_lost_lease_ends_everything(harness: Harness) -> None:
     harness.api.failures = {("apply", "a"): LeaseLost("gone")}
     with pytest.raises(LeaseLost):
-        await harness.execute(child("Pod", "a"), status={})
-    assert ("status", "InferenceDeployment", "fleet") not in harness.api.calls
+        await harness.execute(child("Service", "a"), child("Pod", "b"), status={})
+    assert ("apply", "Pod", "b") not in harness.api.calls
 
 
 async def test_a_defect_is_not_swallowed(harness: Harness) -> None:
@@ -211,6 +223,39 @@ async def test_no_pod_is_made_for_a_fleet_that_is_gone(harness: Harness) -> None
     assert harness.cache.get("inferencedeployments", "ns", "fleet") is None
 
 
+async def test_no_pod_is_made_for_a_fleet_that_is_being_deleted(harness: Harness) -> None:
+    harness.api.marks = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+    await harness.execute(child("Pod", "b"), status={})
+    assert [verb for verb, _, _ in harness.api.calls] == ["status"]
+    seen = harness.cache.get("inferencedeployments", "ns", "fleet")
+    assert seen is not None
+    assert "deletionTimestamp" in seen["metadata"], "the next plan must see it"
+
+
+async def test_pods_are_made_though_the_status_is_refused(harness: Harness) -> None:
+    """A status that cannot be written must not keep replicas from being made."""
+    harness.api.failures = {("status", "fleet"): Unprocessable(422, "Invalid", "status")}
+    with pytest.raises(ExceptionGroup):
+        await harness.execute(child("Pod", "b"), status={})
+    assert ("apply", "Pod", "b") in harness.api.calls
+    assert harness.api.gets == 1, "whether the fleet is there"
+
+
+async def test_a_large_fleet_takes_a_share_of_the_connections(harness: Harness) -> None:
+    running = most = 0
+
+    async def drain(ip: str, port: int, timeout_seconds: float) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+
+    harness.executor.post_drain = drain
+    await harness.execute(*(leaving(f"p{n}") for n in range(50)))
+    assert 1 < most <= PARALLEL
+
+
 async def test_no_pod_is_made_while_one_that_was_to_leave_stays(harness: Harness) -> None:
     """The plan counted on the room; other children do not wait."""
     harness.api.failures = {("delete", "a"): Forbidden(403, "Forbidden", "webhook")}
@@ -252,12 +297,35 @@ async def test_a_service_of_somebody_else_is_not_taken_over(harness: Harness) ->
     assert harness.cache.get("services", "ns", "fleet") is not None, "the next plan must see it"
 
 
+async def test_a_pod_of_somebody_else_is_not_taken_over(harness: Harness) -> None:
+    metadata = {"name": "a", "namespace": "ns", "uid": "theirs", "resourceVersion": "7"}
+    harness.api.services["a"] = {"metadata": metadata}
+    with pytest.raises(ExceptionGroup, match="1 of the writes"):
+        await harness.execute(child("Pod", "a"))
+    assert ("apply", "Pod", "a") not in harness.api.calls
+    assert harness.cache.get("pods", "ns", "a") is None, "no watch would show its end"
+
+
+async def test_a_write_whose_answer_was_lost_is_repeated(harness: Harness) -> None:
+    """It is there and ours, but no watch has shown it: the write is expected like any other."""
+    pod = child("Pod", "a")
+    harness.api.services["a"] = {"metadata": {**pod.body["metadata"], "uid": "uid-a"}}
+    await harness.execute(pod)
+    assert ("apply", "Pod", "a") in harness.api.calls
+    assert harness.cache.unmet(OWNER.key) is not None
+
+
 async def test_our_own_service_is_updated(harness: Harness) -> None:
     wanted = child("Service", "fleet")
     metadata = {**wanted.body["metadata"], "uid": "ours", "resourceVersion": "7"}
     harness.api.services["fleet"] = {"metadata": metadata}
     await harness.execute(wanted)
     assert ("apply", "Service", "fleet") in harness.api.calls
+
+
+async def test_what_was_never_seen_is_created_with_one_request(harness: Harness) -> None:
+    await harness.execute(child("Service", "fleet"), child("NetworkPolicy", "fleet"))
+    assert (len(harness.api.calls), harness.api.gets) == (2, 0)
 
 
 async def test_the_status_of_a_deleted_object_is_no_error(harness: Harness) -> None:

@@ -16,10 +16,15 @@ from tilefleet_operator.resources import CHILDREN
 class Harness:
     def __init__(self) -> None:
         self.dirty: list[tuple[str, str]] = []
+        self.urgent: list[bool] = []
         self.relists = 0
         cluster = Cluster(None, ObjectCache())  # type: ignore[arg-type]
         login = Login("http://x", None, lambda: "token")
-        self.shell = Shell(cluster, login, self.dirty.append, self.relisted)
+        self.shell = Shell(cluster, login, self.mark, self.relisted)
+
+    def mark(self, key: tuple[str, str], *, urgent: bool = False) -> None:
+        self.dirty.append(key)
+        self.urgent.append(urgent)
 
     def relisted(self) -> None:
         self.relists += 1
@@ -54,6 +59,16 @@ async def test_a_deployment_marks_itself(harness: Harness) -> None:
     assert len(harness.dirty) == 1, "an event that changes nothing is no news"
     await harness.event("deployment", at(document(), 2), "DELETED")
     assert len(harness.dirty) == 2
+
+
+async def test_a_spec_without_its_answer_is_urgent(harness: Harness) -> None:
+    """Its own status and the children that come after are not: nobody waits for those."""
+    await harness.event("deployment", at(document(), 1), "ADDED")
+    await harness.event("deployment", at(document() | {"status": {"observedGeneration": 1}}, 2))
+    changed = document() | {"status": {"observedGeneration": 1}}
+    changed["metadata"]["generation"] = 2
+    await harness.event("deployment", at(changed, 3))
+    assert harness.urgent == [True, False, True]
 
 
 @pytest.mark.parametrize("plural", ["pods", *(child.plural for child in CHILDREN)])

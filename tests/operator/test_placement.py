@@ -14,7 +14,8 @@ from tests.operator.scheduler_model import devices, feasible
 from tilefleet_operator.accelerator import AcceleratorSpec
 from tilefleet_operator.desired import pod as render
 from tilefleet_operator.desired import revision
-from tilefleet_operator.hardware import is_candidate
+from tilefleet_operator.hardware import Nodes, is_candidate
+from tilefleet_operator.judgement import judge
 from tilefleet_operator.observed import NodeView, node_view
 from tilefleet_operator.options import Placement
 from tilefleet_operator.partitions import labels_stale, offers
@@ -323,3 +324,23 @@ def test_same_result_for_any_order_of_the_nodes(
     after = fit(accelerator, views, dict(sorted(used.items(), reverse=True)))
     assert before == after
     assert assign(before, (), replicas, "Pack") == assign(after, (), replicas, "Pack")
+
+
+def test_what_is_known_of_the_same_nodes_is_found_out_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thousand fleets ask the same of the same nodes; the answer is the one without memory."""
+    asked: list[str] = []
+
+    def counting(one: NodeView, *rest: Any) -> Any:
+        asked.append(one.name)
+        return judge(one, *rest)
+
+    monkeypatch.setattr("tilefleet_operator.placement.judge", counting)
+    plain = [node("spx8", "n1"), node("cpx64", "n2"), node("sick", "n3")]
+    kept, used = Nodes(plain), {"n1": {"amd.com/gpu": 3.0}}
+    for wanted in (spec(count=8), spec(count=1), spec(count=8)):
+        assert fit(wanted, kept, used) == fit(wanted, plain, used)
+        assert fit(wanted, kept, {}) == fit(wanted, plain, {})
+    without = 3 * 2 * len(plain)
+    assert len(asked) == without + 2 * len(plain), "once for each of the two specs"

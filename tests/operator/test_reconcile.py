@@ -15,7 +15,7 @@ from tilefleet_operator.metrics import WorkerPoller
 from tilefleet_operator.observed import History, node_view
 from tilefleet_operator.plan import Apply, Plan
 from tilefleet_operator.reconcile import Reconciler, work
-from tilefleet_operator.resources import Resource
+from tilefleet_operator.resources import BY_KIND, Resource
 from tilefleet_operator.telemetry import Telemetry
 from tilefleet_operator.workqueue import WorkQueue
 
@@ -294,3 +294,38 @@ async def test_node_autoscalers_are_heard_only_while_pods_have_no_node(harness: 
     assert [str(r) for r in snapshot.reactions.values()] == ["karpenter: nodeclaim/a"]
     harness.api.objects["events"] = []
     assert await harness.cluster.list_reactions() == {KEY}, "the Event is gone"
+
+
+async def test_counts_alone_are_reported_once_a_second(harness: Harness) -> None:
+    """What answers a spec or turns a condition is written at once."""
+    now = [100.0]
+    harness.reconciler.clock = lambda: now[0]
+    harness.see_fleet(replicas=1, autoscaling={"mode": "Manual"})
+    await harness.reconciler.reconcile(KEY)
+    first = harness.executor.plans[-1][1]
+    assert first.status is not None
+    for action in first.actions:
+        body = {**action.body, "metadata": {**action.body["metadata"], "uid": action.name}}
+        harness.see(BY_KIND[action.kind].plural, body)
+
+    def see(generation: int, version: int, status: Any) -> None:
+        spec = {"replicas": 1, "autoscaling": {"mode": "Manual"}}
+        seen = document(**spec) | {"status": status}
+        seen["metadata"]["generation"] = generation
+        harness.see("inferencedeployments", seen, version)
+
+    see(1, 2, first.status)
+    now[0] += 0.4
+    wait = await harness.reconciler.reconcile(KEY)
+    held = harness.executor.plans[-1][1]
+    assert (held.status, held.actions, wait) == (None, (), pytest.approx(0.6))
+    now[0] += 0.6
+    await harness.reconciler.reconcile(KEY)
+    counted = harness.executor.plans[-1][1]
+    assert counted.status is not None
+    assert (first.status["replicas"], counted.status["replicas"]) == (0, 1)
+    see(2, 3, first.status)
+    await harness.reconciler.reconcile(KEY)
+    answered = harness.executor.plans[-1][1]
+    assert answered.status is not None
+    assert answered.status["observedGeneration"] == 2

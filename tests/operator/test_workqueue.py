@@ -204,3 +204,49 @@ async def test_no_key_is_worked_on_twice_at_a_time_and_none_is_forgotten() -> No
             await asyncio.sleep(0.01)
     for task in workers:
         task.cancel()
+
+
+async def test_an_urgent_key_does_not_wait_behind_a_thousand(
+    queue: WorkQueue, clock: Clock
+) -> None:
+    for number in range(1000):
+        queue.add(("ns", f"f{number:04d}"))
+    clock.now += 4
+    queue.add(A, urgent=True)
+    assert await take(queue) == A
+
+
+async def test_no_key_waits_for_ever_behind_urgent_ones(queue: WorkQueue, clock: Clock) -> None:
+    """A user who changes specs without end holds the others up for the head start, not longer."""
+    queue.add(B)
+    waited = 0
+    while True:
+        queue.add(A, urgent=True)
+        key = await take(queue)
+        if key == B:
+            break
+        queue.done(A)
+        clock.now += 1
+        waited += 1
+    assert waited == 6
+
+
+async def test_urgency_outlasts_a_running_reconcile(queue: WorkQueue) -> None:
+    queue.add(A)
+    assert await take(queue) == A
+    queue.add(B)
+    queue.add(A, urgent=True)
+    queue.done(A)
+    assert await take(queue) == A
+
+
+async def test_urgency_does_not_break_a_backoff(queue: WorkQueue, clock: Clock) -> None:
+    queue.add(A)
+    assert await take(queue) == A
+    queue.done(A, failed=True, retry_after_seconds=3)
+    queue.add(A, urgent=True)
+    queue.add(B)
+    assert await take(queue) == B, "a key that is not due must not hide one that is"
+    assert await take(queue) is None
+    clock.now += 3
+    assert await take(queue) == A
