@@ -1,6 +1,6 @@
 """From `kubectl apply` to the pod, on the local cluster, by the API server's own clock.
 
-    make bench-operator        or, from the root: .venv/bin/python benchmarks/operator_latency.py
+    make bench-operator-latency, or, from the root: .venv/bin/python benchmarks/operator_latency.py
 
 Two cases: fleets created one after another, and all at once. The time of a fleet is from the audit
 log's answer to the create of the InferenceDeployment to its answer to the create of the pod, so
