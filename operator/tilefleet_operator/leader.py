@@ -114,7 +114,8 @@ class Leader:
         tasks.append(asyncio.create_task(self._kopf(kopf_ready), name="kopf"))
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            raise RuntimeError(f"the task {task.get_name()!r} ended") from task.exception()
+            cause = task.exception()
+            raise RuntimeError(f"the task {task.get_name()!r} ended: {cause}") from cause
 
     async def stop(self) -> None:
         """Let running reconciles finish, within bounds, and start no other."""

@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+from tests.faults.operators import LEASE_SECONDS
 from tests.faults.results import Results, whole
 from tests.faults.sweep import FAULTS, LANES, run
 
@@ -23,6 +24,10 @@ def main() -> int:
         help="JSON lines; a sweep that was stopped goes on after the cases that stand in it",
     )  # fmt: skip
     parser.add_argument("--lanes", type=int, default=LANES, help="operators at a time")
+    parser.add_argument(
+        "--lease-seconds", type=float, default=LEASE_SECONDS,
+        help="of the operators; more on a machine so busy that a request takes seconds",
+    )  # fmt: skip
     arguments = parser.parse_args()
     faults = arguments.faults.split(",")
     unknown = set(faults) - set(FAULTS)
@@ -34,7 +39,8 @@ def main() -> int:
         this = asyncio.current_task()
         assert this is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
-        return whole(await run(faults, points, Results(arguments.results), arguments.lanes))
+        results = Results(arguments.results)
+        return whole(await run(faults, points, results, arguments.lanes, arguments.lease_seconds))
 
     try:
         return 0 if asyncio.run(until_stopped()) else 1

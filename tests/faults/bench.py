@@ -10,14 +10,11 @@ from pathlib import Path
 
 from tests.faults.kubelet import FakeKubelet
 from tests.faults.life import STAGES, Golden, Life
-from tests.faults.operators import NAMESPACE, Launcher, Supervisor, build_clock_shim
+from tests.faults.operators import LEASE_SECONDS, NAMESPACE, Launcher, Supervisor, build_clock_shim
 from tests.faults.proxy import FaultProxy
 from tests.faults.results import Results, say
 from tests.faults.view import Admin, ClusterView, Json
 from tests.operator.apiserver import ApiServer, binaries, grant, running, started
-
-PATIENT_SECONDS = 30.0
-"""Lease of operators that no fault is to end: a busy machine must not look like a fault."""
 
 
 @dataclass
@@ -30,8 +27,19 @@ class Bench:
     view: ClusterView
     launcher: Launcher
     results: Results
+    lease_seconds: float
     golden: Golden = field(default_factory=Golden)
     restarts: int = 0
+
+    @property
+    def patient_seconds(self) -> float:
+        """Lease of operators that no fault is to end: a busy machine must not look like a fault."""
+        return 3 * self.lease_seconds
+
+    @property
+    def limit_seconds(self) -> float:
+        """Of one stage, in which several Leases may have to end one after another."""
+        return 200 + 10 * self.lease_seconds
 
     @property
     def num_writes(self) -> int:
@@ -48,14 +56,15 @@ class Bench:
         self, namespaces: list[str], user: str = "operator-a", lease_seconds: float | None = None
     ) -> Supervisor:
         """An operator for these namespaces, not yet started."""
-        made = Supervisor(self.api, self.proxy, self.launcher, namespaces, user)
-        if lease_seconds is not None:
-            made.lease_seconds = lease_seconds
-        return made
+        logs = self.results.logs or self.api.folder
+        lease_seconds = lease_seconds or self.lease_seconds
+        return Supervisor(
+            self.api, self.proxy, self.launcher, namespaces, user, lease_seconds, logs
+        )
 
 
 @asynccontextmanager
-async def bench(results: Results) -> AsyncIterator[Bench]:
+async def bench(results: Results, lease_seconds: float = LEASE_SECONDS) -> AsyncIterator[Bench]:
     """Start everything; the first part that ends of itself ends the block."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -73,7 +82,7 @@ async def bench(results: Results) -> AsyncIterator[Bench]:
         proxy = await stack.enter_async_context(FaultProxy.running(api.url, context))
         launcher = await stack.enter_async_context(Launcher.running(shim))
         view = ClusterView(admin)
-        made = Bench(api, proxy, admin, view, launcher, results)
+        made = Bench(api, proxy, admin, view, launcher, results, lease_seconds)
         async with asyncio.TaskGroup() as group:
             parts = [
                 group.create_task(view.run()),
@@ -123,14 +132,14 @@ async def undisturbed(made: Bench) -> None:
     """Live two lives without faults: the first becomes the measure, the second proves it stable."""
     first, again = [await made.life(name) for name in ("golden", "golden-again")]
     names = [first.namespace, again.namespace]
-    async with made.operator(names, lease_seconds=PATIENT_SECONDS).running():
+    async with made.operator(names, lease_seconds=made.patient_seconds).running():
         for stage in STAGES:
             scripts = [made.proxy.script(name) for name in names]
             before = [len(script.writes) for script in scripts]
             await asyncio.gather(first.begin(stage), again.begin(stage))
             made.golden.states[stage] = await first.settle(stage)
             made.golden.created[stage] = first.created[stage]
-            await again.reach(stage)
+            await again.reach(stage, made.limit_seconds)
             made.golden.writes[stage] = scripts[0].writes[before[0] :]
             counts = [len(script.writes) - old for script, old in zip(scripts, before, strict=True)]
             say(f"undisturbed {stage}: {counts[0]} writes, and {counts[1]}")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
-from tests.faults.bench import PATIENT_SECONDS, Bench
-from tests.faults.life import LIMIT_SECONDS, STAGES, STEADY_SECONDS, Life, Problem
-from tests.faults.operators import LEASE_SECONDS, Clock, Supervisor
+from tests.faults.bench import Bench
+from tests.faults.life import STAGES, STEADY_SECONDS, Life, Problem
+from tests.faults.operators import Clock, Supervisor
 from tests.faults.proxy import RESTART, Candidate
 from tests.faults.results import NO_WRITE, Verdict
 
@@ -27,7 +27,7 @@ async def live(
     script = bench.proxy.script(life.namespace)
     script.fault, script.at = fault, at
     verdict = Verdict(fault, at)
-    limit = LIMIT_SECONDS * (2 if fault == RESTART else 1)
+    limit = bench.limit_seconds * (2 if fault == RESTART else 1)
     begun = time.monotonic()
     for stage in (STAGES[0], STAGES[-1]) if at == NO_WRITE else STAGES:
         last = stage == STAGES[-1]
@@ -36,12 +36,12 @@ async def live(
         await life.begin(stage)
         if last and at == NO_WRITE:
             await _strike(bench, life.namespace, leader)
-        await _until_struck_or_reached(life, stage, script.struck)
+        await _until_struck_or_reached(life, stage, script.struck, limit)
         if script.fired and not verdict.stage:
             verdict.stage = stage
             if after is not None:
                 verdict.problems += await after()
-        await life.reach(stage, STEADY_SECONDS if verdict.stage == stage else 0.0, limit)
+        await life.reach(stage, limit, STEADY_SECONDS if verdict.stage == stage else 0.0)
     life.over()
     verdict.problems += life.problems
     verdict.problems += [Problem("impatient", what) for what in script.impatient]
@@ -52,12 +52,14 @@ async def live(
     bench.results.take(verdict)
 
 
-async def _until_struck_or_reached(life: Life, stage: str, struck: asyncio.Event) -> None:
+async def _until_struck_or_reached(
+    life: Life, stage: str, struck: asyncio.Event, limit: float
+) -> None:
     waiting = [
         asyncio.create_task(life.arrived(stage)),
         asyncio.create_task(struck.wait()),
     ]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=LIMIT_SECONDS)
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=limit)
     for one in waiting:
         one.cancel()
     for end in await asyncio.gather(*waiting, return_exceptions=True):
@@ -77,7 +79,9 @@ async def _strike(bench: Bench, namespace: str, leader: Leader) -> None:
 async def shared(bench: Bench, cases: Sequence[tuple[str, int]], tag: str) -> None:
     """Cases of one operator that watches a namespace for each."""
     lives = [await bench.life(f"{tag}-{number}") for number in range(len(cases))]
-    operator = bench.operator([life.namespace for life in lives], lease_seconds=PATIENT_SECONDS)
+    operator = bench.operator(
+        [life.namespace for life in lives], lease_seconds=bench.patient_seconds
+    )
     async with operator.running(), asyncio.TaskGroup() as group:
         for life, (fault, at) in zip(lives, cases, strict=True):
             group.create_task(live(bench, life, fault, at, lambda: operator.candidate))
@@ -119,7 +123,7 @@ async def _freeze_past_lease(bench: Bench, pair: Sequence[Supervisor], tag: str)
     if victim is None or not victim.pid or not stopped:
         return []  # it had lost its Lease and ended before the signal: nothing was stopped
     before, problems = len(stopped[0].exits), []
-    await asyncio.sleep(LEASE_SECONDS)
+    await asyncio.sleep(bench.lease_seconds)
     if not await _within(lambda: bench.proxy.holder(tag) not in (None, victim)):
         problems.append(Problem("process", "nobody else led while the leader was stopped"))
     victim.send(signal.SIGCONT)

@@ -24,7 +24,6 @@ FLOORS = {"create": 0, "scale up": 2, "roll": 3, "scale down": 2, "delete": 0}
 """Ready replicas that a stage must keep at every instant: maxUnavailable is 0."""
 CEILINGS = {"create": 2, "scale up": 3, "roll": 4, "scale down": 3, "delete": 2}
 """Active replicas that a stage may have: maxSurge is 1."""
-LIMIT_SECONDS = 300.0
 STEADY_SECONDS = 1.0
 """How long a state must stay after a fault to count as reached."""
 OTHERS = (
@@ -120,7 +119,7 @@ class Life:
             elif now - (since := since or now) >= steady:
                 return
 
-    async def reach(self, stage: str, steady: float = 0.0, limit: float = LIMIT_SECONDS) -> None:
+    async def reach(self, stage: str, limit: float, steady: float = 0.0) -> None:
         """Judge the end of a stage: the state, and the pods made."""
         try:
             await asyncio.wait_for(self.arrived(stage, steady), limit)

@@ -112,14 +112,15 @@ class Supervisor:
         proxy: FaultProxy,
         launcher: Launcher,
         namespaces: Sequence[str],
-        user: str = "operator-a",
-        lease_seconds: float = LEASE_SECONDS,
+        user: str,
+        lease_seconds: float,
+        logs: Path,
     ) -> None:
         self.lease_seconds = lease_seconds
         self.api, self.proxy, self.launcher = api, proxy, launcher
         self.namespaces, self.user = tuple(namespaces), user
         self.name = f"{self.namespaces[0]}-{user}-{next(_NUMBERS)}"
-        self.log = api.folder / f"{self.name}.log"
+        self.log = logs / f"{self.name}.log"
         self.clock: Clock | None = None
         self.exits: list[int] = []
         self.candidate: Candidate | None = None

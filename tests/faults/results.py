@@ -59,6 +59,10 @@ class Results:
 
     def __init__(self, file: Path | None = None) -> None:
         self.file, self.code = file, fingerprint()
+        self.logs = None if file is None else file.with_suffix(".logs")
+        """Where operators write; None: nowhere that is kept."""
+        if self.logs is not None:
+            self.logs.mkdir(exist_ok=True)
         self.verdicts: list[Verdict] = []
         self.num_writes = 0
         """Writes of the undisturbed life that the sweep began with."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.faults.bench import Bench, bench, undisturbed
 from tests.faults.cases import alone, shared
+from tests.faults.operators import LEASE_SECONDS
 from tests.faults.proxy import ANSWERS, CUTS, PROCESS, RESTART, WATCHES
 from tests.faults.results import NO_WRITE, Results, say
 from tests.faults.view import Json
@@ -96,11 +97,12 @@ async def run(
     points: Sequence[int] = (),
     results: Results | None = None,
     lanes: int = LANES,
+    lease_seconds: float = LEASE_SECONDS,
 ) -> Json:
     """A whole sweep; returns its figures."""
     results = results or Results()
     begun = time.monotonic()
-    async with bench(results) as made:
+    async with bench(results, lease_seconds) as made:
         await sweep(made, faults, points, lanes)
         figures = results.figures() | {
             "writes_of_the_undisturbed_life": {
