@@ -50,6 +50,12 @@ def family(key: str) -> str:
 def test_every_kernel_compiles_within_its_limits(architecture: str) -> None:
     for key, report in compiled(architecture).items():
         decode, attention = family(key) == "decode", family(key) in ("decode", "prefill")
+        product = family(key) in ("expert_gate_and_up", "expert_down", "scaled_product")
+        if product:
+            assert (report.spills, report.scratch) == (0, 0), key
+            assert report.matrix, key
+            assert report.loads.get("128") or report.loads.get("128 async"), key
+            assert not report.loads.get("16 or less"), key
         assert report.lds <= MOST_LDS[architecture], key
         assert report.spills <= (0 if decode else 4), key
         assert report.scratch <= (0 if decode else 16), key

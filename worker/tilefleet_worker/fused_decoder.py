@@ -12,9 +12,14 @@ from torch.nn import functional
 
 from tilefleet_worker.attention.base import AttentionSpec
 from tilefleet_worker.attention.triton.backend import PagedBatch, TritonAttention
+from tilefleet_worker.kernels.mixture import ExpertWeights, MixtureShape, MixtureSpace, mixture
 from tilefleet_worker.kernels.norm import add_rms_norm
 from tilefleet_worker.kernels.rotary_store import Rotation, rotary_store
+from tilefleet_worker.kernels.routing import Router
+from tilefleet_worker.kernels.scaled_matrix import ScaledMatrix
+from tilefleet_worker.kernels.scaled_product import scaled_product
 from tilefleet_worker.kernels.swiglu import swiglu
+from tilefleet_worker.kernels.weight_tiles import Matrix
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.model_config import ModelConfig
 
@@ -24,15 +29,16 @@ class FusedLayer:
     """Weights of one layer as a checkpoint has them; the input maps and the gates joined."""
 
     input_norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [(heads + 2 kv_heads) · head_dim, hidden]
+    qkv: Matrix  # [(heads + 2 kv_heads) · head_dim, hidden]
     qkv_bias: torch.Tensor | None
     rotation: Rotation
     spec: AttentionSpec
-    output: torch.Tensor  # [hidden, heads · head_dim]
+    output: Matrix  # [hidden, heads · head_dim]
     output_bias: torch.Tensor | None
     mlp_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 · intermediate, hidden]
-    down: torch.Tensor  # [hidden, intermediate]
+    gate_up: Matrix  # [2 · intermediate, hidden]; with a router one an expert
+    down: Matrix  # [hidden, intermediate]; with a router one an expert
+    router: Router | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +86,31 @@ class Workspace:
         self.qkv = rows(joined)
         self.query = rows(heads)
         self.attended = rows(heads)
-        self.gate_up = rows(2 * config.intermediate_size)
-        self.activated = rows(config.intermediate_size)
+        dense = config.experts is None or not all(config.sparse_layers)
+        inner = config.intermediate_size if dense else 0
+        self.gate_up = rows(2 * inner)
+        self.activated = rows(inner)
+        self.mixture = _mixture_space(config, max_tokens, dtype, device)
         self.logits = torch.empty(max_logits, config.vocab_size, dtype=torch.float32, device=device)
 
 
+def _mixture_space(
+    config: ModelConfig, max_tokens: int, dtype: torch.dtype, device: torch.device
+) -> MixtureSpace | None:
+    experts = config.experts
+    if experts is None:
+        return None
+    shape = MixtureShape(
+        experts.count, experts.chosen, config.hidden_size, experts.intermediate_size
+    )
+    return MixtureSpace(shape, max_tokens, dtype, device)
+
+
 class FusedDecoder:
-    """A dense decoder with gated MLP. Stateless between steps but for its scratch memory."""
+    """A decoder with gated MLPs or mixtures of them.
+
+    Stateless between steps but for its scratch memory.
+    """
 
     def __init__(self, config: ModelConfig, weights: FusedWeights, workspace: Workspace) -> None:
         self._config = config
@@ -139,15 +163,20 @@ class FusedDecoder:
 
     def _mlp(self, layer: FusedLayer, tokens: int) -> torch.Tensor:
         space = self._workspace
+        if layer.router is not None and space.mixture is not None:
+            experts = ExpertWeights(layer.router, layer.gate_up, layer.down)
+            return mixture(space.normed[:tokens], experts, space.mixture, space.delta[:tokens])
         gate_up = _linear(space.normed[:tokens], layer.gate_up, None, space.gate_up[:tokens])
         activated = swiglu(gate_up, space.activated[:tokens])
         return _linear(activated, layer.down, None, space.delta[:tokens])
 
 
 def _linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, out: torch.Tensor
 ) -> torch.Tensor:
     """out = x weightᵀ + bias."""
+    if isinstance(weight, ScaledMatrix):
+        return scaled_product(x, weight, bias, out)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)

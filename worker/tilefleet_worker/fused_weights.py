@@ -5,13 +5,17 @@ from functools import cache
 import torch
 
 from tilefleet_worker.attention.base import AttentionSpec
+from tilefleet_worker.device_matrices import DeviceMatrices, Stored, storing
 from tilefleet_worker.errors import ModelError
 from tilefleet_worker.fused_decoder import FusedLayer, FusedWeights
 from tilefleet_worker.kernels.rotary_store import Rotation, rotary_table
+from tilefleet_worker.kernels.routing import Router
+from tilefleet_worker.kernels.weight_tiles import Matrix
 from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.models.checkpoint import AttentionTensors, Checkpoint
 from tilefleet_worker.rope_config import RopeConfig
 from tilefleet_worker.rotary_frequencies import frequencies
+from tilefleet_worker.target import arch_of, fp8_type
 from tilefleet_worker.weights import Weights
 
 
@@ -28,7 +32,8 @@ def load(
     reasons = why_not(config)
     if reasons:
         raise ModelError(f"The fused decoder cannot serve this model: {'; '.join(reasons)}.")
-    source = _Source(config, Checkpoint(config, weights), max_positions, dtype, device)
+    checkpoint = Checkpoint(config, weights, storing(weights, config.quantization))
+    source = _Source(config, checkpoint, max_positions, dtype, device)
     made = source.weights()
     weights.check_all_taken()
     return made
@@ -38,7 +43,6 @@ def why_not(config: ModelConfig) -> list[str]:
     """What the model needs and the fused decoder lacks; empty when it can serve it."""
     family = config.family
     needs = {
-        "mixtures of experts": config.experts is not None,
         "norms of outputs": family.sandwich_norms,
         "scaled embeddings": family.scaled_embedding,
         "biases of the MLP": config.mlp_bias,
@@ -62,7 +66,7 @@ class _Source:
     def __init__(
         self,
         config: ModelConfig,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint[Stored],
         max_positions: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -71,6 +75,7 @@ class _Source:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._matrices = DeviceMatrices(dtype, device, fp8_type(arch_of(device)))
         self._table = cache(lambda rope: rope_table(rope, config.head_dim, max_positions, device))
 
     def weights(self) -> FusedWeights:
@@ -81,7 +86,7 @@ class _Source:
             embedding=put,
             layers=tuple(self._layer(index) for index in range(self._config.num_layers)),
             final_norm=self._put(self._checkpoint.final_norm()),
-            head=put if head is embedding else self._put(head),
+            head=put if head is embedding else self._matrices.dense(head),
         )
 
     def _put(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -92,11 +97,12 @@ class _Source:
 
     def _layer(self, index: int) -> FusedLayer:
         config = self._config
-        tensors, mlp = self._checkpoint.attention(index), self._checkpoint.mlp(index)
+        tensors, joined = self._checkpoint.attention(index), self._matrices.joined
         mlp_norm, _ = self._checkpoint.mlp_norms(index)
+        router, gate_up, down = self._mlp(index)
         return FusedLayer(
             input_norm=self._put(tensors.norm),
-            qkv=self._put(torch.cat((tensors.query, tensors.key, tensors.value))),
+            qkv=joined(tensors.query, tensors.key, tensors.value),
             qkv_bias=self._optional(_joined_bias(tensors)),
             rotation=Rotation(
                 self._table(config.ropes[index]),
@@ -107,15 +113,34 @@ class _Source:
             spec=AttentionSpec(
                 config.attention_scale, config.windows[index], config.attention_soft_cap
             ),
-            output=self._put(tensors.output),
+            output=joined(tensors.output),
             output_bias=self._optional(tensors.output_bias),
             mlp_norm=self._put(mlp_norm),
-            gate_up=self._put(torch.cat((mlp.gate, mlp.up))),
-            down=self._put(mlp.down),
+            gate_up=gate_up,
+            down=down,
+            router=router,
+        )
+
+    def _mlp(self, index: int) -> tuple[Router | None, Matrix, Matrix]:
+        """Router where the layer has experts; gates and ups, and downs: of one MLP or of all."""
+        experts, made = self._config.experts, self._matrices
+        if experts is None or not self._config.sparse_layers[index]:
+            mlp = self._checkpoint.mlp(index)
+            return None, made.joined(mlp.gate, mlp.up), made.joined(mlp.down)
+        router = made.dense(self._checkpoint.router(index, experts))
+        gate_ups, downs = [], []
+        for number in range(experts.count):
+            mlp = self._checkpoint.expert(index, number, experts)
+            gate_ups.append(made.joined(mlp.gate, mlp.up))
+            downs.append(made.joined(mlp.down))
+        return (
+            Router(router, experts.chosen, experts.normalized),
+            made.stacked(gate_ups),
+            made.stacked(downs),
         )
 
 
-def _joined_bias(tensors: AttentionTensors) -> torch.Tensor | None:
+def _joined_bias(tensors: AttentionTensors[Stored]) -> torch.Tensor | None:
     parts = (tensors.query_bias, tensors.key_bias, tensors.value_bias)
     present = [part for part in parts if part is not None]
     return torch.cat(present) if present else None

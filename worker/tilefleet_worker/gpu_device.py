@@ -45,13 +45,12 @@ def facts(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"kind": "cpu", "name": "Triton interpreter", "arch": "none", "memory_bytes": 0}
     properties = torch.cuda.get_device_properties(device)
-    arch = f"sm{properties.major}{properties.minor}"
-    if torch.version.hip:
-        arch = str(properties.gcnArchName).split(":")[0]
+    from tilefleet_worker.target import arch_of  # imports Triton, which a CPU's worker may lack
+
     return {
         "kind": "gpu",
         "name": properties.name,
-        "arch": arch,
+        "arch": arch_of(device),
         "memory_bytes": properties.total_memory,
         "compute_units": properties.multi_processor_count,
         "runtime": _build().removeprefix("built for "),

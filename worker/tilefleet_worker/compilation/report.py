@@ -19,11 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from tilefleet_worker.compilation.variants import Variant
+from tilefleet_worker.compilation.variant import Variant
 
 # Tensors of torch begin at multiples of 16 bytes, and the strides of a pool are multiples of 16.
 _ALIGNED = [["tt.divisibility", 16]]
-_UNALIGNED = ("window", "splits")
+_UNALIGNED = (
+    "window", "splits", "tokens", "pairs", "blocks", "rows", "scale_stride", "scale_expert",
+)  # fmt: skip
 _LOAD_BITS = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32"}
 
 

@@ -6,7 +6,7 @@ two code paths. Tile sizes and launch options come from the tile table.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -15,6 +15,8 @@ import triton.language as tl
 from tilefleet_worker.attention.triton.decode import paged_decode_kernel
 from tilefleet_worker.attention.triton.prefill import paged_prefill_kernel
 from tilefleet_worker.attention.triton.tiles import DECODE, PREFILL, launch_options
+from tilefleet_worker.compilation.expert_variants import expert_variants
+from tilefleet_worker.compilation.variant import Variant
 from tilefleet_worker.kernels.norm import add_rms_norm_kernel
 from tilefleet_worker.kernels.rotary_store import rotary_store_kernel
 from tilefleet_worker.kernels.swiglu import swiglu_kernel
@@ -38,24 +40,6 @@ class Shape:
 
 
 SHAPES = (Shape(4, 128, 64), Shape(4, 128, 16), Shape(7, 64, 64))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One compilation. types: argument → type, all others are constants of the kernel."""
-
-    kernel: Any
-    family: str
-    case: str
-    arch: str
-    types: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Name of the variant in the stored table."""
-        return f"{self.arch} {self.family}: {self.case}"
 
 
 def variants(arch: str) -> Iterator[Variant]:
@@ -85,6 +69,7 @@ def variants(arch: str) -> Iterator[Variant]:
              "NORM": True},
         fusion | {"num_warps": 1},
     )  # fmt: skip
+    yield from expert_variants(arch)
 
 
 def _strides(names: str) -> dict[str, str]:

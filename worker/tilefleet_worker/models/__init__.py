@@ -9,7 +9,7 @@ from tilefleet_worker.batch import Batch
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.layers import Placement
 from tilefleet_worker.model_config import ModelConfig
-from tilefleet_worker.models.checkpoint import Checkpoint
+from tilefleet_worker.models.checkpoint import Checkpoint, dequantizing
 from tilefleet_worker.models.loading import load_decoder
 from tilefleet_worker.weights import Weights
 
@@ -36,6 +36,7 @@ def load(
     hold exactly what the model needs.
     """
     place = Placement(torch.device(device), dtype)
-    model = load_decoder(config, Checkpoint(config, weights), max_positions, place)
+    checkpoint = Checkpoint(config, weights, dequantizing(config, weights))
+    model = load_decoder(config, checkpoint, max_positions, place)
     weights.check_all_taken()
     return model

@@ -1,9 +1,12 @@
-"""A checkpoint as fp32 tensors of one form, whatever its family calls and stores them.
+"""A checkpoint as tensors of one form, whatever its family calls and stores them.
 
-Knows names, families and quantisation. Does not know how the tensors are used.
+Knows names, families and quantisation. Does not know how the tensors are used. Vectors are fp32;
+what a matrix is, fp32 too or the bytes as they are stored, is the reader's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -11,43 +14,54 @@ from tilefleet_worker.errors import ModelError
 from tilefleet_worker.model_config import ExpertsConfig, ModelConfig
 from tilefleet_worker.weights import Weights
 
+M = TypeVar("M")
+"""A matrix as the reader makes it."""
+MatrixReader = Callable[[str, int, int], M]
+"""Called with name, rows and columns."""
+
+
+def dequantizing(config: ModelConfig, weights: Weights) -> MatrixReader[torch.Tensor]:
+    """Reads every matrix as fp32."""
+    return lambda name, rows, columns: weights.matrix(name, rows, columns, config.quantization)
+
 
 @dataclass(frozen=True, slots=True)
-class AttentionTensors:
+class AttentionTensors(Generic[M]):
     """One layer's attention. Norm weights are those that multiply."""
 
     norm: torch.Tensor  # [hidden]
-    query: torch.Tensor  # [heads · head_dim, hidden]
-    key: torch.Tensor  # [kv_heads · head_dim, hidden]
-    value: torch.Tensor
+    query: M  # [heads · head_dim, hidden]
+    key: M  # [kv_heads · head_dim, hidden]
+    value: M
     query_bias: torch.Tensor | None
     key_bias: torch.Tensor | None
     value_bias: torch.Tensor | None
     query_norm: torch.Tensor | None  # [head_dim]
     key_norm: torch.Tensor | None
-    output: torch.Tensor  # [hidden, heads · head_dim]
+    output: M  # [hidden, heads · head_dim]
     output_bias: torch.Tensor | None
     post_norm: torch.Tensor | None  # [hidden], of the output
 
 
 @dataclass(frozen=True, slots=True)
-class MLPTensors:
+class MLPTensors(Generic[M]):
     """A gated MLP, or one expert."""
 
-    gate: torch.Tensor  # [intermediate, hidden]
-    up: torch.Tensor
-    down: torch.Tensor  # [hidden, intermediate]
+    gate: M  # [intermediate, hidden]
+    up: M
+    down: M  # [hidden, intermediate]
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
 
 
-class Checkpoint:
+class Checkpoint(Generic[M]):
     """Reads a model's tensors one layer at a time. Every method raises ModelError."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, matrix: MatrixReader[M]) -> None:
         self._config = config
         self._weights = weights
+        self._matrix = matrix
         self._prefix = _prefix(config, weights)
         weights.skip_parts(config.family.other_parts)
 
@@ -57,7 +71,7 @@ class Checkpoint:
         name = f"{self._prefix}.embed_tokens.weight"
         return self._weights.take(name, config.vocab_size, config.hidden_size)
 
-    def head(self, embedding: torch.Tensor) -> torch.Tensor:
+    def head(self, embedding: torch.Tensor) -> torch.Tensor | M:
         """[vocabulary, hidden]: the embedding where they are tied."""
         config = self._config
         outer = self._prefix.removesuffix("model")
@@ -73,7 +87,7 @@ class Checkpoint:
         """[hidden]."""
         return self._norm(f"{self._prefix}.norm")
 
-    def attention(self, layer: int) -> AttentionTensors:
+    def attention(self, layer: int) -> AttentionTensors[M]:
         """The attention of a layer."""
         config, prefix = self._config, f"{self._prefix}.layers.{layer}"
         attn, hidden = f"{prefix}.self_attn", config.hidden_size
@@ -106,7 +120,7 @@ class Checkpoint:
         after = self._norm(f"{prefix}.post_feedforward_layernorm")
         return self._norm(f"{prefix}.pre_feedforward_layernorm"), after
 
-    def mlp(self, layer: int) -> MLPTensors:
+    def mlp(self, layer: int) -> MLPTensors[M]:
         """The MLP of a dense layer."""
         prefix, bias = f"{self._prefix}.layers.{layer}.mlp", self._config.mlp_bias
         hidden, inner = self._config.hidden_size, self._config.intermediate_size
@@ -119,14 +133,14 @@ class Checkpoint:
             down_bias=self._bias(f"{prefix}.down_proj", hidden, bias),
         )
 
-    def router(self, layer: int, experts: ExpertsConfig) -> torch.Tensor:
+    def router(self, layer: int, experts: ExpertsConfig) -> M:
         """[experts, hidden]."""
         names = self._config.family.experts
         router = names.router if names else ""
         name = f"{self._prefix}.layers.{layer}.{router}.weight"
         return self._matrix(name, experts.count, self._config.hidden_size)
 
-    def expert(self, layer: int, expert: int, experts: ExpertsConfig) -> MLPTensors:
+    def expert(self, layer: int, expert: int, experts: ExpertsConfig) -> MLPTensors[M]:
         """One expert of a sparse layer."""
         names = self._config.family.experts
         if names is None:
@@ -138,9 +152,6 @@ class Checkpoint:
             up=self._matrix(f"{prefix}.{names.up}.weight", inner, hidden),
             down=self._matrix(f"{prefix}.{names.down}.weight", hidden, inner),
         )
-
-    def _matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        return self._weights.matrix(name, rows, columns, self._config.quantization)
 
     def _bias(self, name: str, rows: int, wanted: bool) -> torch.Tensor | None:
         return self._weights.take(f"{name}.bias", rows) if wanted else None

@@ -18,7 +18,7 @@ from tilefleet_worker.models.mlp import Experts, FeedForward, GatedMLP, activati
 
 
 def load_decoder(
-    config: ModelConfig, checkpoint: Checkpoint, max_positions: int, place: Placement
+    config: ModelConfig, checkpoint: Checkpoint[torch.Tensor], max_positions: int, place: Placement
 ) -> Decoder:
     """Take all tensors. max_positions: longest sequence that will be asked for."""
     kinds = tuple(dict.fromkeys(config.ropes))
@@ -39,7 +39,9 @@ def load_decoder(
 class _Loader:
     """Builds layers of one model."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, place: Placement) -> None:
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint[torch.Tensor], place: Placement
+    ) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._place = place
@@ -65,7 +67,7 @@ class _Loader:
             mlp_output_norm=after,
         )
 
-    def _qkv(self, tensors: AttentionTensors) -> tuple[RMSNorm, Linear]:
+    def _qkv(self, tensors: AttentionTensors[torch.Tensor]) -> tuple[RMSNorm, Linear]:
         """Join the three maps; queries and keys are interleaved for the rotary embedding."""
         head_dim = self._config.head_dim
         rows = (tensors.query, tensors.key)
@@ -77,7 +79,7 @@ class _Loader:
             bias = torch.cat([*turned, tensors.value_bias])
         return normed_linear(self._config.rms_norm_eps, tensors.norm, weight, bias, self._place)
 
-    def _qk_norm(self, tensors: AttentionTensors) -> torch.Tensor | None:
+    def _qk_norm(self, tensors: AttentionTensors[torch.Tensor]) -> torch.Tensor | None:
         if tensors.query_norm is None or tensors.key_norm is None:
             return None
         query = tensors.query_norm.expand(self._config.num_heads, -1)
@@ -100,7 +102,9 @@ class _Loader:
         mixture = Experts(router, tuple(mlp for _, mlp in made), experts.chosen, experts.normalized)
         return norm, mixture, self._norm(after)
 
-    def _mlp(self, tensors: MLPTensors, norm_weight: torch.Tensor) -> tuple[RMSNorm, GatedMLP]:
+    def _mlp(
+        self, tensors: MLPTensors[torch.Tensor], norm_weight: torch.Tensor
+    ) -> tuple[RMSNorm, GatedMLP]:
         bias = None
         if tensors.gate_bias is not None and tensors.up_bias is not None:
             bias = torch.cat((tensors.gate_bias, tensors.up_bias))

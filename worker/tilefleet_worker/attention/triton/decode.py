@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from tilefleet_worker.attention.triton.softmax import LOG2_E, combine, scores, take_sink, take_tile
-from tilefleet_worker.attention.triton.tiles import DecodeTile, compute_type, launch_options
+from tilefleet_worker.attention.triton.tiles import DecodeTile, launch_options
+from tilefleet_worker.target import compute_type
 
 # Programs that fill the largest device (304 compute units) several times over: splits beyond that
 # many are taken in turns.

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from tilefleet_worker.attention.triton.softmax import LOG2_E, scores, take_sink, take_tile
-from tilefleet_worker.attention.triton.tiles import PrefillTile, compute_type, launch_options
+from tilefleet_worker.attention.triton.tiles import PrefillTile, launch_options
+from tilefleet_worker.target import compute_type
 
 Ints = npt.NDArray[np.integer]
 

@@ -8,12 +8,12 @@ chosen by compile reports (docs/reference/kernels.md), not measured: decode 32 k
 32 take 181 to 197 (two waves), and 158 to 160 on gfx950 (three waves).
 """
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
+
+from tilefleet_worker.target import arch_of
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,8 @@ PREFILL: dict[str, PrefillTile] = {
 
 def architecture(device: torch.device) -> str:
     """gfx942, gfx950 or sm90; "fallback" for every other device."""
-    if device.type != "cuda":
-        return "fallback"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        name = str(properties.gcnArchName).split(":")[0]
-    else:
-        name = f"sm{properties.major}{properties.minor}"
+    name = arch_of(device)
     return name if name in DECODE else "fallback"
-
-
-def compute_type(dtype: torch.dtype) -> tl.dtype:
-    """Operand type of the matrix products: the cache's type, fp32 where Triton's interpreter runs.
-
-    The interpreter treats bf16 arithmetic as arithmetic on its bits (triton 3.9), hence the switch.
-    """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return tl.float32
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
 
 
 def launch_options(tile: DecodeTile | PrefillTile) -> dict[str, Any]:
