@@ -204,6 +204,7 @@ def model():
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     if sys.argv[1] == "model":
         model()
