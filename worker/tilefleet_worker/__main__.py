@@ -10,6 +10,7 @@ from collections.abc import Sequence
 _USAGE = """usage: python -m tilefleet_worker serve --model URI [flags]
        python -m tilefleet_worker serve --help
        python -m tilefleet_worker kernels [--arch gfx942] [--output json]
+       python -m tilefleet_worker roofline [--model NAME|FOLDER] [--accelerator MI300X]
        python -m tilefleet_worker version
 """
 
@@ -24,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tilefleet_worker.compilation.command import kernels
 
         return kernels(rest)
+    if command == "roofline":
+        from tilefleet_worker.roofline.command import roofline
+
+        return roofline(rest)
     if command == "version" and not rest:
         from tilefleet_worker.server.model_api import version
 
