@@ -25,41 +25,34 @@ import json
 import os
 import re
 import signal
-import ssl
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "hack" / "cluster"), str(ROOT / "tests" / "e2e")]
+sys.path[:0] = [str(ROOT / path) for path in ("", "benchmarks/scale", "hack/cluster", "tests/e2e")]
 
+from candidates import HOME, Candidate, allow, candidates  # noqa: E402
 from fleets import amd_fleet  # noqa: E402
-from kit.nodes import GPUS, manifest  # noqa: E402
+from simulated_cluster import simulated_cluster  # noqa: E402
 
 from tests.faults.view import Admin, ClusterView  # noqa: E402
 from tests.operator.apiserver import (  # noqa: E402
     FLEETS,
     MUTATING,
     ApiServer,
-    binaries,
-    free_port,
-    grant,
-    running,
-    started,
 )
 
 Json = dict[str, Any]
-NAMESPACE, HOME = "bench", "tilefleet-system"
+NAMESPACE = "bench"
 IDLE_SECONDS, CHANGE_SECONDS = 30.0, 20.0
-PAGE = os.sysconf("SC_PAGE_SIZE")
-TICKS = os.sysconf("SC_CLK_TCK")
+CONNECTIONS = 32
+"""Requests of the users at a time; a TLS handshake for each would be a load of its own."""
 
 
 @dataclass(frozen=True)
@@ -84,84 +77,25 @@ class Figure:
     load: float = field(default_factory=lambda: os.getloadavg()[0])
 
 
-@dataclass
-class Candidate:
-    """One kind of operator: how to start its processes."""
-
-    name: str
-    user: str
-    argv: list[str]
-    replicas: int
-    environment: dict[str, str] = field(default_factory=dict)
-    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
-    identities: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
-    log: Path = Path(os.devnull)
-
-    def start(self) -> None:
-        """Start what is missing of its processes, as a Deployment would."""
-        self.processes = [one for one in self.processes if one.poll() is None]
-        while len(self.processes) < self.replicas:
-            argv = [part.replace("PORT", str(free_port())) for part in self.argv]
-            identity = f"replica-{time.monotonic_ns()}"
-            if self.name == "tilefleet":
-                argv += [f"--probe-port={free_port()}", f"--metrics-port={free_port()}"]
-                argv += [f"--identity={identity}"]
-            with self.log.open("ab") as output:
-                process = subprocess.Popen(
-                    argv, stdout=output, stderr=output, env={**os.environ, **self.environment}
-                )
-            self.processes.append(process)
-            self.identities[identity] = process
-
-    def leader(self, holder: str) -> "subprocess.Popen[bytes]":
-        """The process that holds the Lease; the only one where there is none."""
-        named = [one for name, one in self.identities.items() if holder.startswith(name)]
-        (found,) = named or self.processes
-        return found
-
-    def stop(self) -> None:
-        """End them all."""
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def cpu_seconds(self) -> float:
-        """CPU time of the processes alive, all replicas together."""
-        return sum(_cpu(one.pid) for one in self.processes)
-
-    def rss_mib(self) -> float:
-        """Resident memory of the largest."""
-        return max(_rss(one.pid) for one in self.processes) / 2**20
-
-
-def _cpu(pid: int) -> float:
-    with suppress(FileNotFoundError):
-        parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(parts[11]) + int(parts[12])) / TICKS
-    return 0.0
-
-
-def _rss(pid: int) -> int:
-    with suppress(FileNotFoundError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
-    return 0
-
-
 class Bench:
     """The cluster, what is seen of it, and the figures of one operator."""
 
     def __init__(self, api: ApiServer, admin: Admin, view: ClusterView, sizes: Sizes) -> None:
         self.api, self.admin, self.view, self.sizes = api, admin, view, sizes
-        self.pending: dict[tuple[str, int], float] = {}
+        self.pending: dict[str, dict[int, float]] = {}
         self.latencies: list[float] = []
+        self.connections = asyncio.Semaphore(CONNECTIONS)
         view.listeners.append(self._observe)
 
     def _observe(self, plural: str, kind: str, body: Json) -> None:
         if plural == "inferencedeployments":
-            name = body["metadata"]["name"]
+            asked = self.pending.get(body["metadata"]["name"], {})
             seen = int((body.get("status") or {}).get("observedGeneration") or 0)
-            for key in [key for key in self.pending if key[0] == name and key[1] <= seen]:
-                self.latencies.append(time.monotonic() - self.pending.pop(key))
+            for generation in [one for one in asked if one <= seen]:
+                self.latencies.append(time.monotonic() - asked.pop(generation))
+
+    def _num_pending(self) -> int:
+        return sum(map(len, self.pending.values()))
 
     async def measure(self, who: Candidate) -> list[Figure]:
         """All cases for one operator. A case that was not reached has figures without a value."""
@@ -208,7 +142,12 @@ class Bench:
             first.setdefault(name, when)
         waits = [first[name] - when for name, when in asked.items() if name in first]
         case = f"first write, {self.sizes.fleets} fleets at {self.sizes.create_rate:g}/s"
-        return [Figure(f"{case}, p99", percentile(waits, 0.99), "s", 1.0)]
+        cost = self._requests(who, position) / self.sizes.fleets
+        return [
+            Figure(f"{case}, p50", percentile(waits, 0.50), "s", 1.0),
+            Figure(f"{case}, p99", percentile(waits, 0.99), "s", 1.0),
+            Figure("requests of a new fleet of one replica", cost, "requests", 10.0),
+        ]
 
     async def _idle(self, who: Candidate) -> list[Figure]:
         await self._until("nothing is written", self._quiet(who), 60, 1.0)
@@ -235,7 +174,7 @@ class Bench:
 
     async def _changes(self, who: Candidate) -> list[Figure]:
         self.latencies.clear()
-        cpu, begun = who.cpu_seconds(), time.monotonic()
+        position, cpu, begun = self.api.audit_position(), who.cpu_seconds(), time.monotonic()
         count = int(self.sizes.change_rate * CHANGE_SECONDS)
 
         async def one(number: int) -> None:
@@ -243,8 +182,8 @@ class Bench:
             await self._change(name, 2 + number // self.sizes.fleets)
 
         reached = await _paced(one, count, self.sizes.change_rate)
-        await self._until("every change is observed", lambda: not self.pending, 60)
-        lost, took = len(self.pending), time.monotonic() - begun
+        await self._until("every change is observed", lambda: not self._num_pending(), 60)
+        lost, took = self._num_pending(), time.monotonic() - begun
         waits = self.latencies + [60.0 + CHANGE_SECONDS] * lost
         self.pending.clear()
         case = f"change to observedGeneration at {reached:.0f}/s"
@@ -253,6 +192,7 @@ class Bench:
             Figure(f"{case}, p50", percentile(waits, 0.50), "s", 5.0),
             Figure(f"{case}, p99", percentile(waits, 0.99), "s", 5.0),
             Figure(f"{case}, CPU", share, "cores", 1.0),
+            Figure("requests of a change", self._requests(who, position) / count, "requests", 1.0),
         ]
 
     async def _failover(self, who: Candidate) -> list[Figure]:
@@ -263,7 +203,7 @@ class Bench:
         begun = time.monotonic()
         who.start()
         await self._change("warm", 3)
-        reached = await self._until("the change is observed", lambda: not self.pending, 120)
+        reached = await self._until("the change is observed", lambda: not self._num_pending(), 120)
         took = time.monotonic() - begun if reached else None
         case = f"fail-over, {self.sizes.fleets} fleets, kill -9 of the leader"
         return [Figure(case, took, "s", 20.0)]
@@ -293,15 +233,18 @@ class Bench:
 
     async def _make(self, name: str, replicas: int) -> None:
         path = f"{FLEETS}/namespaces/{NAMESPACE}/inferencedeployments"
-        await self.admin.send("POST", path, amd_fleet(name, NAMESPACE, replicas, 1))
+        async with self.connections:
+            await self.admin.send("POST", path, amd_fleet(name, NAMESPACE, replicas, 1))
 
     async def _change(self, name: str, value: int) -> None:
         """A change that needs no other pod."""
         path = f"{FLEETS}/namespaces/{NAMESPACE}/inferencedeployments/{name}"
-        body = await self.admin.send("PATCH", path, {"spec": {"rollout": {"maxSurge": value}}})
+        async with self.connections:
+            body = await self.admin.send("PATCH", path, {"spec": {"rollout": {"maxSurge": value}}})
         seen = int((body.get("status") or {}).get("observedGeneration") or 0)
         if body["metadata"]["generation"] > seen:
-            self.pending[name, body["metadata"]["generation"]] = time.monotonic()
+            asked = self.pending.setdefault(name, {})
+            asked[body["metadata"]["generation"]] = time.monotonic()
 
     async def _clear(self) -> None:
         """Delete every fleet; the garbage collector takes the rest."""
@@ -341,6 +284,15 @@ class Bench:
                     datetime.fromisoformat(entry["requestReceivedTimestamp"]).timestamp(),
                 )
 
+    def _requests(self, who: Candidate, position: int) -> int:
+        """Requests of an operator about single objects: no lists, watches and Leases."""
+        return sum(
+            entry["user"]["username"] == who.user
+            and entry["verb"] not in ("list", "watch")
+            and (entry.get("objectRef") or {}).get("resource") != "leases"
+            for entry in self.api.audit(position)
+        )
+
     async def _until(self, what: str, check: Any, seconds: float, every: float = 0.1) -> bool:
         """Wait for the check to hold; False, and said so, when it does not within the limit."""
         deadline = time.monotonic() + seconds
@@ -371,69 +323,6 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     """Nearest-rank percentile; share 0..1."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
-
-
-@asynccontextmanager
-async def cluster(sizes: Sizes) -> AsyncIterator[Bench]:
-    """Everything but the operators."""
-    async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        api = stack.enter_context(running(folder))
-        programs, admin_file = binaries(), api.kubeconfig("admin")
-        fast = ("--kube-api-qps=300", "--kube-api-burst=600", "--leader-elect=false")
-        kwok_stages = sorted((Path(programs["kwok"]).parents[1] / "kwok").glob("*.yaml"))
-        for argv in (
-            [programs["kube-controller-manager"], f"--kubeconfig={admin_file}", "--secure-port=0",
-             "--controllers=garbage-collector-controller,node-lifecycle-controller", *fast],
-            [programs["kube-scheduler"], f"--kubeconfig={admin_file}", "--secure-port=0", *fast],
-            [programs["kwok"], f"--kubeconfig={admin_file}", "--manage-all-nodes=false",
-             "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
-             "--node-lease-duration-seconds=40", *(f"--config={path}" for path in kwok_stages)],
-        ):  # fmt: skip
-            stack.enter_context(started(argv, folder / f"{Path(argv[0]).name}.log"))
-        context = ssl.create_default_context(cafile=api.authority)
-        admin = await stack.enter_async_context(Admin(api.url, api.tokens["admin"], context))
-        for name in (HOME, NAMESPACE):
-            await admin.send("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
-        nodes = -(-max(sizes.fleets + 1, sizes.replicas + sizes.small) // GPUS)
-        for number in range(nodes):
-            await admin.send("POST", "/api/v1/nodes", dict(manifest(number)))
-        view = ClusterView(admin)
-        watching = asyncio.create_task(view.run())
-        try:
-            yield Bench(api, admin, view, sizes)
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
-
-
-def candidates(api: ApiServer) -> list[Candidate]:
-    """Ours, two replicas of which one leads, and the plain kopf operator."""
-    ours = [
-        sys.executable, "-m", "tilefleet_operator", "run", f"--namespace={HOME}",
-        f"--kubeconfig={api.kubeconfig('operator-a')}", "--log-format=text",
-        "--worker-cpu-image=worker:1", "--worker-image=worker:1",
-    ]  # fmt: skip
-    peer = [sys.executable, str(ROOT / "benchmarks" / "peers" / "kopf_operator.py")]
-    return [
-        Candidate("tilefleet", "operator-a", ours, 2, log=api.folder / "ours.log"),
-        Candidate(
-            "plain kopf operator", "operator-b", peer, 1,
-            {"KUBECONFIG": api.kubeconfig("operator-b")}, log=api.folder / "peer.log",
-        ),
-    ]  # fmt: skip
-
-
-def _allow(api: ApiServer) -> None:
-    """The chart's rights for ours; all rights for the peer, which has no chart."""
-    grant(api, HOME, everywhere=True)
-    group = "rbac.authorization.k8s.io"
-    binding: Json = {
-        "metadata": {"name": "peer"},
-        "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": "cluster-admin"},
-        "subjects": [{"apiGroup": group, "kind": "User", "name": "operator-b"}],
-    }
-    api.create(f"/apis/{group}/v1/clusterrolebindings", binding)
 
 
 def line(ours: Figure, theirs: Figure | None) -> Json:
@@ -479,8 +368,12 @@ async def main() -> int:
         arguments.fleets, arguments.create_rate, arguments.change_rate, arguments.replicas,
         arguments.small,
     )  # fmt: skip
-    async with cluster(sizes) as bench:
-        _allow(bench.api)
+    room = max(sizes.fleets + 1, sizes.replicas + sizes.small)
+    async with simulated_cluster(room) as (api, admin, view):
+        bench = Bench(api, admin, view, sizes)
+        for name in (HOME, NAMESPACE):
+            await admin.send("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
+        allow(api)
         results = []
         for who in candidates(bench.api)[: 1 if arguments.no_peer else 2]:
             try:

@@ -79,8 +79,9 @@ def covers(seen: Json, wanted: Json) -> bool:
 
 
 def _covers(seen: object, wanted: object, path: str, kind: str) -> bool:
-    if isinstance(wanted, Mapping):
-        return isinstance(seen, Mapping) and all(
+    # Both come from JSON or from our builders; a dict is told far faster than a Mapping.
+    if isinstance(wanted, dict):
+        return isinstance(seen, dict) and all(
             key in seen and _covers(seen[key], value, f"{path}.{key}".lstrip("."), kind)
             for key, value in wanted.items()
         )

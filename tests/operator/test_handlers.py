@@ -117,6 +117,8 @@ async def test_kopf_stores_posts_and_scans_nothing() -> None:
     await configure(settings)
     assert not settings.posting.enabled
     assert settings.scanning.disabled
+    storage, body = settings.persistence.diffbase_storage, kopf.Body({"spec": {"replicas": 1}})
+    assert (storage.build(body=body), storage.fetch(body=body)) == ({}, None)
     assert settings.watching.client_timeout is not None
     assert settings.watching.server_timeout is not None
     assert settings.watching.client_timeout > settings.watching.server_timeout
