@@ -15,7 +15,8 @@ import subprocess
 import time
 from array import array
 
-from tilefleet_worker.block_pool import BlockPool, chain_root, extend_chain
+from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.prefix_chain import chain_root, extend_chain
 from tilefleet_worker.request import Request, SamplingParams
 from tilefleet_worker.scheduler import Scheduler
 from tilefleet_worker.step import StepResult

@@ -5,8 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tilefleet_worker.block_pool import BlockPool, chain_hash, chain_root
+from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.errors import ConfigError, EngineError
+from tilefleet_worker.prefix_chain import chain_hash, chain_root
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -26,7 +27,7 @@ class PoolMachine(RuleBasedStateMachine):
             parent = chain_hash(parent, tokens)
             hashes.append(parent)
         hits = self.pool.match(hashes)
-        missing = len(blocks) - len(hits)
+        missing = len(blocks) - hits.num_spans
         if missing > self.pool.num_available - self.pool.num_idle_of(hits):
             return
         before = self.pool.num_available - self.pool.num_idle_of(hits)
@@ -34,12 +35,13 @@ class PoolMachine(RuleBasedStateMachine):
         new = self.pool.allocate(missing)
         assert self.pool.num_available == before - missing
         assert not set(new) & {block for table in self.tables for block in table}
-        table = [*hits, *new]
+        table = [*hits.block_ids[0], *new]
         for block, value in zip(table, hashes, strict=True):
             self.pool.publish([block], [value])
         self.tables.append(table)
-        assert self.pool.match(hashes)[: len(hits)] == hits
-        assert len(self.pool.match(hashes)) == len(hashes)
+        found = self.pool.match(hashes)
+        assert found.block_ids[0][: hits.num_spans] == hits.block_ids[0]
+        assert found.num_spans == len(hashes)
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
@@ -57,7 +59,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        self.pool.check_integrity(self.tables)
+        self.pool.check_integrity([self.tables])
         held = {block for table in self.tables for block in table}
         assert self.pool.num_referenced == len(held)
 
@@ -86,9 +88,9 @@ def test_the_tail_of_a_freed_prefix_is_evicted_first() -> None:
     hashes = publish_chain(pool, blocks)
     pool.release(blocks)
     pool.allocate(1)
-    assert pool.match(hashes) == list(blocks[:3])
+    assert pool.match(hashes).block_ids[0] == list(blocks[:3])
     pool.allocate(2)
-    assert pool.match(hashes) == [blocks[0]]
+    assert pool.match(hashes).block_ids[0] == [blocks[0]]
 
 
 def test_a_prefix_used_lately_outlives_an_older_one() -> None:
@@ -101,8 +103,8 @@ def test_a_prefix_used_lately_outlives_an_older_one() -> None:
     pool.acquire(pool.match(old))
     pool.release(first)
     pool.allocate(2)
-    assert pool.match(old) == list(first)
-    assert pool.match(new) == []
+    assert pool.match(old).block_ids[0] == list(first)
+    assert pool.match(new).block_ids[0] == []
 
 
 def test_only_a_shared_block_survives_one_of_its_owners() -> None:
@@ -113,7 +115,7 @@ def test_only_a_shared_block_survives_one_of_its_owners() -> None:
     pool.release(blocks)
     assert pool.num_referenced == 1
     assert pool.num_idle == 1
-    pool.check_integrity([blocks[:1]])
+    pool.check_integrity([[blocks[:1]]])
 
 
 def test_salts_and_fingerprints_separate_equal_tokens() -> None:
@@ -139,7 +141,7 @@ def test_without_prefix_caching_nothing_is_ever_hit() -> None:
     pool = BlockPool(4, 2, prefix_caching=False)
     blocks = pool.allocate(2)
     hashes = publish_chain(pool, blocks)
-    assert pool.match(hashes) == []
+    assert pool.match(hashes).block_ids[0] == []
     pool.release(blocks)
     assert pool.num_idle == 0
 
@@ -150,7 +152,7 @@ def test_a_second_release_is_an_error_and_changes_nothing() -> None:
     pool.release(blocks)
     with pytest.raises(EngineError, match="released twice"):
         pool.release(blocks)
-    pool.check_integrity([])
+    pool.check_integrity([[]])
 
 
 def test_publishing_needs_an_owner_and_never_changes_a_hash() -> None:
@@ -171,11 +173,11 @@ def test_the_integrity_check_sees_a_fault(fault: str) -> None:
     if fault == "count":
         pool._ref_counts[blocks[0]] += 1
     elif fault == "index":
-        pool._block_of_hash.popitem()
+        pool._head_of_hash[0].popitem()
     else:
         pool._free.clear()
     with pytest.raises(EngineError):
-        pool.check_integrity([blocks])
+        pool.check_integrity([[blocks]])
 
 
 def test_an_empty_pool_is_refused_with_a_remedy() -> None:

@@ -190,6 +190,23 @@ def test_an_abort_during_a_step_gives_one_final_delta(build: Build) -> None:
     assert engine.stats().gauges["kv_blocks_used"] == 0
 
 
+def test_a_request_whose_time_is_over_ends_and_frees_its_blocks(build: Build) -> None:
+    clock, gate = Clock(), Gate()
+    engine, outbox = build(gate, clock=clock)
+    params = SamplingParams(max_tokens=100)
+    for name, deadline in (("late", 1005.0), ("patient", 2000.0)):
+        request = Request(name, [1], params, clock.now, deadline_seconds=deadline)
+        assert engine.submit(request) is None
+    assert gate.entered.wait(20)
+    clock.now += 6
+    gate.open.set()
+    ended = outbox.wait("late", "patient")
+    assert ended["late"].finish_reason == "timeout"
+    assert "time was over after" in str(ended["late"].error)
+    assert ended["patient"].finish_reason == "length"
+    assert engine.stats().counters["timeouts"] == 1
+
+
 def test_a_full_queue_answers_429_with_a_time(build: Build) -> None:
     engine, _ = build(start=False, max_waiting=2)
     for index in range(6):

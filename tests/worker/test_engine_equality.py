@@ -1,6 +1,6 @@
 """Tokens equal those of transformers, and equal bits whatever else runs: the engine's promise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,25 +9,20 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from tilefleet_worker import attention, models
+from tests.worker import model_runs
+from tests.worker.model_runs import BITS_PROMISED, Made, Run, generate, load
+from tilefleet_worker import attention
 from tilefleet_worker.attention.base import AttentionStep
 from tilefleet_worker.batch import Batch
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.kv_cache import KVCache
-from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.request import Request, SamplingParams, TokenLogprob
 from tilefleet_worker.runner import Runner
-from tilefleet_worker.sampler import sample
 from tilefleet_worker.scheduler import Scheduler
-from tilefleet_worker.step import StepPlan, StepResult, StepRow
-from tilefleet_worker.weights import Weights
+from tilefleet_worker.step import StepPlan, StepRow
 
 TRAINED = Path(__file__).parents[2] / "examples" / "tiny-model" / "model"
 BLOCK = 16
-ANSWER = 64
-# Equal bits were measured on AVX2. Elsewhere tokens must be equal, and the engine's own probe says
-# at start whether bits are.
-BITS_PROMISED = torch.backends.cpu.get_cpu_capability() == "AVX2"
 VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "untied-bias": {
@@ -99,79 +94,17 @@ def prompts(vocab_size: int) -> dict[str, list[int]]:
     return made
 
 
-class Recorder:
-    """A runner that remembers the logits of each sampled token."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.logits: dict[tuple[str, int], torch.Tensor] = {}
-        self.largest_batch = 0
-
-    def run(self, plan: StepPlan) -> StepResult:
-        rows = [row for row in plan.rows if row.sample]
-        self.largest_batch = max(self.largest_batch, len(plan.rows))
-        if not rows:
-            return self.runner.run(plan)
-        step_logits = self.runner.logits(plan)
-        for row, logits in zip(rows, step_logits, strict=True):
-            self.logits[row.request_id, row.end] = logits.clone()
-        return sample(step_logits, rows)
-
-
-@lru_cache
-def load(folder: Path, backend: str = "cpu") -> tuple[ModelConfig, models.Model]:
-    config = ModelConfig.from_folder(folder)
-    with torch.inference_mode(), Weights(folder) as weights:
-        return config, models.load(config, weights, config.max_positions)
-
-
-def generate(
-    folder: Path,
-    names: list[str],
-    *,
-    blocks: int = 1024,
-    budget: int = 2048,
-    concurrent: int = 64,
-    caching: bool = False,
-    backend: str = "cpu",
-    answer: int = ANSWER,
-    rounds: int = 1,
-) -> tuple[dict[str, list[int]], Recorder, Scheduler]:
-    """Run some of the prompts together. With more rounds the later ones can hit the cache."""
-    config, model = load(folder)
-    cache = KVCache(config, blocks, BLOCK)
-    runner = Recorder(Runner(model, cache, attention.create(backend, config)))
-    pool = BlockPool(blocks, BLOCK, prefix_caching=caching)
-    scheduler = Scheduler(
-        pool, budget, concurrent, config.max_positions, vocab_size=config.vocab_size
-    )
-    params = SamplingParams(max_tokens=answer, temperature=0.0)
-    for _ in range(rounds):
-        tokens: dict[str, list[int]] = {name: [] for name in names}
-        for name in names:
-            request = Request(name, prompts(config.vocab_size)[name], params, 0.0)
-            assert scheduler.add(request) is None
-        while scheduler.has_work:
-            plan = scheduler.schedule()
-            for delta in scheduler.commit(plan, runner.run(plan)):
-                assert delta.error is None
-                tokens[delta.request_id].extend(delta.token_ids)
-            scheduler.check_integrity()
-    return tokens, runner, scheduler
+def prompts_of(folder: Path, names: list[str]) -> dict[str, list[int]]:
+    config, _ = load(folder)
+    return {name: prompts(config.vocab_size)[name] for name in names}
 
 
 ALL = [f"r{index:02}" for index in range(16)]
 
 
 @lru_cache
-def alone(folder: Path) -> tuple[dict[str, list[int]], dict[tuple[str, int], torch.Tensor]]:
-    """Every prompt by itself: the yardstick of all other runs."""
-    tokens, logits = {}, {}
-    for name in ALL:
-        made, runner, _ = generate(folder, [name])
-        tokens.update(made)
-        logits.update(runner.logits)
-    return tokens, logits
+def alone(folder: Path) -> Made:
+    return model_runs.alone(folder, prompts_of(folder, ALL), Run())
 
 
 def test_greedy_tokens_equal_those_of_transformers(folder: Path) -> None:
@@ -179,7 +112,7 @@ def test_greedy_tokens_equal_those_of_transformers(folder: Path) -> None:
     greedy decoding makes the same answer.
     """
     reference = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens, _ = alone(folder)
+    tokens = alone(folder).tokens
     for name, prompt in prompts(reference.config.vocab_size).items():
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt + tokens[name]])).logits[0]
@@ -187,20 +120,24 @@ def test_greedy_tokens_equal_those_of_transformers(folder: Path) -> None:
 
 
 def test_logits_agree_with_the_reference_backend(folder: Path) -> None:
-    names = ["r02", "r07", "r14"]
-    _, fast, _ = generate(folder, names, answer=8)
-    _, slow, _ = generate(folder, names, answer=8, backend="reference")
+    some, params = prompts_of(folder, ["r02", "r07", "r14"]), SamplingParams(8, temperature=0.0)
+    fast = generate(folder, some, Run(params=params))
+    slow = generate(folder, some, Run(params=params, backend="reference"))
     for key, logits in slow.logits.items():
         torch.testing.assert_close(fast.logits[key], logits, atol=2e-4, rtol=1e-4)
 
 
 CASES = {
-    "all together": {},
-    "chunks of 8 tokens": {"budget": 8},
-    "chunks of 100 tokens, three at a time": {"budget": 100, "concurrent": 3},
-    "cache hits": {"caching": True, "rounds": 2},
-    "small pool": {"blocks": 60, "budget": 37},
-    "small pool with cache": {"blocks": 60, "budget": 50, "caching": True, "rounds": 2},
+    "all together": Run(),
+    "chunks of 8 tokens": Run(budget=8),
+    "chunks of 100 tokens, three at a time": Run(budget=100, concurrent=3),
+    "cache hits": Run(caching=True, rounds=2),
+    "small pool": Run(blocks=60, budget=37),
+    "small pool with cache": Run(blocks=60, budget=50, caching=True, rounds=2),
+    "speculative": Run(drafts=5),
+    "speculative, small pool with cache": Run(
+        blocks=60, budget=50, caching=True, rounds=2, drafts=3
+    ),
 }
 
 
@@ -214,19 +151,28 @@ CASES = {
     indirect=["folder"],
 )
 def test_bits_do_not_depend_on_company_chunks_preemption_or_hits(folder: Path, case: str) -> None:
-    tokens, runner, scheduler = generate(folder, ALL, **CASES[case])  # type: ignore[arg-type]
-    expected_tokens, expected_logits = alone(folder)
-    assert tokens == expected_tokens
-    counts = scheduler.gauges().counts
+    made, expected = generate(folder, prompts_of(folder, ALL), CASES[case]), alone(folder)
+    assert made.tokens == expected.tokens
     if "small pool" in case:
-        assert counts["preemptions"] > 0
+        assert made.counts["preemptions"] > 0
     if "cache" in case:
-        assert counts["prompt_tokens_cached"] > 300
-    assert runner.largest_batch >= 3
-    differing = [
-        key for key, logits in runner.logits.items() if not logits.equal(expected_logits[key])
-    ]
-    assert differing == [] or not BITS_PROMISED
+        assert made.counts["prompt_tokens_cached"] > 300
+    if "speculative" in case:
+        assert made.counts["accepted_tokens"] > 100
+    assert made.largest_batch >= 3
+    assert made.differing(expected.logits) == []
+
+
+@pytest.mark.parametrize("folder", ["trained"], indirect=True)
+def test_drawn_tokens_do_not_depend_on_speculation(folder: Path) -> None:
+    """Each position draws its own number, whether or not a draft stood there."""
+    params = SamplingParams(max_tokens=48, temperature=0.4, top_k=4, top_p=0.95, seed=11)
+    some = prompts_of(folder, ALL[:12])
+    plain = generate(folder, some, Run(params=params))
+    guessed = generate(folder, some, Run(params=params, drafts=4))
+    assert guessed.tokens == plain.tokens
+    assert 10 < guessed.counts["accepted_tokens"] < guessed.counts["draft_tokens"]
+    assert guessed.differing(plain.logits) == []
 
 
 def test_the_probe_of_batch_invariance_sees_a_backend_that_lacks_it(folder: Path) -> None:
@@ -236,7 +182,7 @@ def test_the_probe_of_batch_invariance_sees_a_backend_that_lacks_it(folder: Path
     assert runner.batch_invariant() or not BITS_PROMISED
 
     class Drifting:
-        def forward(self, batch: Batch, step: AttentionStep, kv: KVCache) -> torch.Tensor:
+        def forward(self, batch: Batch, step: Sequence[AttentionStep], kv: KVCache) -> torch.Tensor:
             return model.forward(batch, step, kv) * (1 + 1e-6 * len(batch.sampled))
 
     assert not Runner(Drifting(), cache, attention.create("cpu", config)).batch_invariant()

@@ -1,6 +1,7 @@
 """Every family and rotary embedding: transformers' tokens, and equal bits in every company."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,20 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from tests.worker import model_runs
+from tests.worker.model_runs import Made, Run, generate, load
 from tilefleet_worker import attention, models
-from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.families import FAMILIES
 from tilefleet_worker.kv_cache import KVCache
-from tilefleet_worker.model_config import ModelConfig
-from tilefleet_worker.request import Request, SamplingParams
+from tilefleet_worker.request import SamplingParams
 from tilefleet_worker.rope_config import ROPE_KINDS
 from tilefleet_worker.runner import Runner
-from tilefleet_worker.sampler import sample
 from tilefleet_worker.scheduler import Scheduler
-from tilefleet_worker.step import StepPlan, StepResult, StepRow
+from tilefleet_worker.step import StepPlan, StepRow
 from tilefleet_worker.weights import Weights
 
 BLOCK, ANSWER, VOCABULARY = 4, 12, 160
-BITS_PROMISED = torch.backends.cpu.get_cpu_capability() == "AVX2"
+ONE = Run(blocks=128, block_size=BLOCK, params=SamplingParams(max_tokens=ANSWER, temperature=0.0))
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_experts": 6}
 
@@ -126,69 +126,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-class Recorder:
-    """A runner that remembers the logits of each sampled token."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.logits: dict[tuple[str, int], torch.Tensor] = {}
-
-    def run(self, plan: StepPlan) -> StepResult:
-        rows = [row for row in plan.rows if row.sample]
-        if not rows:
-            return self.runner.run(plan)
-        step_logits = self.runner.logits(plan)
-        for row, logits in zip(rows, step_logits, strict=True):
-            self.logits[row.request_id, row.end] = logits.clone()
-        return sample(step_logits, rows)
-
-
 @lru_cache
-def load(folder: Path) -> tuple[ModelConfig, models.Model]:
-    config = ModelConfig.from_folder(folder)
-    with torch.inference_mode(), Weights(folder) as weights:
-        return config, models.load(config, weights, config.max_positions)
-
-
-def generate(
-    folder: Path,
-    names: list[str],
-    *,
-    blocks: int = 128,
-    budget: int = 2048,
-    caching: bool = False,
-    rounds: int = 1,
-) -> tuple[dict[str, list[int]], dict[tuple[str, int], torch.Tensor], dict[str, Any]]:
-    """Tokens, logits and counters of some prompts run together."""
-    config, model = load(folder)
-    runner = Recorder(
-        Runner(model, KVCache(config, blocks, BLOCK), attention.create("cpu", config))
-    )
-    pool = BlockPool(blocks, BLOCK, prefix_caching=caching)
-    scheduler = Scheduler(pool, budget, 64, config.max_positions, vocab_size=config.vocab_size)
-    params = SamplingParams(max_tokens=ANSWER, temperature=0.0)
-    tokens: dict[str, list[int]] = {}
-    for _ in range(rounds):
-        tokens = {name: [] for name in names}
-        for name in names:
-            assert scheduler.add(Request(name, PROMPTS[name], params, 0.0)) is None
-        while scheduler.has_work:
-            plan = scheduler.schedule()
-            for delta in scheduler.commit(plan, runner.run(plan)):
-                assert delta.error is None
-                tokens[delta.request_id].extend(delta.token_ids)
-    return tokens, runner.logits, dict(scheduler.gauges().counts)
-
-
-@lru_cache
-def alone(folder: Path) -> tuple[dict[str, list[int]], dict[tuple[str, int], torch.Tensor]]:
-    """Every prompt by itself: the yardstick of all other runs."""
-    tokens, logits = {}, {}
-    for name in PROMPTS:
-        made, recorded, _ = generate(folder, [name])
-        tokens.update(made)
-        logits.update(recorded)
-    return tokens, logits
+def alone(folder: Path) -> Made:
+    return model_runs.alone(folder, PROMPTS, ONE)
 
 
 def test_greedy_tokens_and_logits_are_those_of_transformers(folder: Path) -> None:
@@ -196,7 +136,7 @@ def test_greedy_tokens_and_logits_are_those_of_transformers(folder: Path) -> Non
     greedy decoding makes the same answer.
     """
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokens, logits = alone(folder)
+    tokens, logits = alone(folder).tokens, alone(folder).logits
     for name, prompt in PROMPTS.items():
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt + tokens[name]])).logits[0]
@@ -206,23 +146,34 @@ def test_greedy_tokens_and_logits_are_those_of_transformers(folder: Path) -> Non
             torch.testing.assert_close(logits[name, end], expected[end - 1], atol=2e-4, rtol=1e-4)
 
 
-RUNS: dict[str, dict[str, Any]] = {
-    "together": {},
-    "chunks": {"budget": 7},
-    "preempted": {"blocks": 40, "budget": 37},
-    "prefix hits": {"caching": True, "rounds": 2},
-}
+class Preempting:
+    """Takes the blocks of the request whose turn is last, at every seventh step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, scheduler: Scheduler) -> None:
+        self.steps += 1
+        running = scheduler._roster.running
+        if self.steps % 7 == 0 and running:
+            scheduler._roster.preempt(running[-1])
+        scheduler.check_integrity()
 
 
 def test_bits_do_not_depend_on_company_chunks_preemption_or_hits(folder: Path) -> None:
-    expected_tokens, expected_logits = alone(folder)
-    for run, options in RUNS.items():
-        tokens, logits, counts = generate(folder, list(PROMPTS), **options)
-        assert tokens == expected_tokens, run
-        assert counts["preemptions"] > 0 or run != "preempted"
-        assert counts["prompt_tokens_cached"] > 100 or run != "prefix hits"
-        differing = [key for key, made in logits.items() if not made.equal(expected_logits[key])]
-        assert differing == [] or not BITS_PROMISED, run
+    expected = alone(folder)
+    runs = {
+        "together": ONE,
+        "chunks": replace(ONE, budget=7),
+        "preempted": replace(ONE, budget=37, after_step=Preempting()),
+        "prefix hits": replace(ONE, caching=True, rounds=2),
+    }
+    for name, run in runs.items():
+        made = generate(folder, PROMPTS, run)
+        assert made.tokens == expected.tokens, name
+        assert made.counts["preemptions"] > 0 or name != "preempted"
+        assert made.counts["prompt_tokens_cached"] > 100 or name != "prefix hits"
+        assert made.differing(expected.logits) == [], name
 
 
 @pytest.mark.parametrize("case", ["llama biased", "qwen3", "qwen3-moe", "gemma3"])
@@ -255,7 +206,8 @@ def test_the_text_part_of_gemma_3_is_served(tmp_path: Path) -> None:
     )
     reference = transformers.Gemma3ForConditionalGeneration(config).float().eval()
     reference.save_pretrained(tmp_path)
-    tokens, logits, _ = generate(tmp_path, ["r34"])
+    made = generate(tmp_path, {"r34": PROMPTS["r34"]}, ONE)
+    tokens, logits = made.tokens, made.logits
     sequence = PROMPTS["r34"] + tokens["r34"]
     with torch.inference_mode():
         expected = reference(input_ids=torch.tensor([sequence])).logits[0]

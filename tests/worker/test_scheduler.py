@@ -9,9 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.worker.memory_runner import MemoryRunner
+from tests.worker.pool_oracle import check_accounting, check_sums
 from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.deadlines import Deadlines
 from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.fake_runner import FakeRunner
+from tilefleet_worker.layer_kinds import FULL, LayerKind
 from tilefleet_worker.request import Delta, Request, SamplingParams
 from tilefleet_worker.scheduler import MAX_OVERTAKEN, Scheduler
 from tilefleet_worker.step import StepPlan, StepResult, StepRow
@@ -22,9 +26,11 @@ VOCAB = 97
 def make(
     blocks: int = 32, budget: int = 16, concurrent: int = 4, length: int = 512, **kwargs: object
 ) -> Scheduler:
-    eos = kwargs.pop("eos", ())
+    eos, drafts = kwargs.pop("eos", ()), kwargs.pop("drafts", 0)
     pool = BlockPool(blocks, 4, **kwargs)  # type: ignore[arg-type]
-    return Scheduler(pool, budget, concurrent, length, vocab_size=VOCAB, eos_token_ids=eos)  # type: ignore[arg-type]
+    return Scheduler(
+        pool, budget, concurrent, length, vocab_size=VOCAB, eos_token_ids=eos, max_drafts=drafts
+    )  # type: ignore[arg-type]
 
 
 def ask(name: str, prompt: list[int], max_tokens: int = 4, **kwargs: object) -> Request:
@@ -37,8 +43,7 @@ def step(scheduler: Scheduler, runner: FakeRunner | None = None) -> tuple[StepPl
     assert len(plan.rows) == len(plan)  # spelled out now: blocks may move at the commit
     deltas = scheduler.commit(plan, (runner or FakeRunner(VOCAB)).run(plan))
     scheduler.check_integrity()
-    gauges = scheduler.gauges()
-    assert 0 <= gauges.tokens_wasted <= gauges.running * scheduler.pool.block_size
+    check_sums(scheduler)
     return plan, deltas
 
 
@@ -54,21 +59,46 @@ def finish(scheduler: Scheduler, limit: int = 3000) -> dict[str, list[int]]:
     raise AssertionError(f"not drained after {limit} steps")
 
 
-def expected(prompt: list[int], count: int) -> list[int]:
+def usual(last: int, end: int) -> int:
+    """The fake runner's formula."""
+    return (last * 31 + end * 7 + 3) % VOCAB
+
+
+def repeating(last: int, end: int) -> int:
+    """Tokens that come again after every five, but not always."""
+    return 50 + last % 7 if end % 9 == 0 else end % 5
+
+
+def expected(
+    prompt: list[int], count: int, formula: Callable[[int, int], int] = usual
+) -> list[int]:
     """What the fake runner says for a prompt, computed without scheduler."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append((tokens[-1] * 31 + len(tokens) * 7 + 3) % VOCAB)
+        tokens.append(formula(tokens[-1], len(tokens)))
     return tokens[len(prompt) :]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """A small pool, small budget, shared prefixes, aborts and faults at any time."""
 
+    kinds = (FULL,)
+    blocks = 12  # just enough for the longest request
+    drafts = 0
+    formula = staticmethod(usual)
+
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make(blocks=12, budget=7, concurrent=3, length=48)
-        self.runner = FakeRunner(VOCAB)
+        self.scheduler = make(
+            blocks=self.blocks,
+            budget=7,
+            concurrent=3,
+            length=48,
+            kinds=self.kinds,
+            drafts=self.drafts,
+        )
+        self.runner = MemoryRunner(VOCAB, self.kinds, 4, self.tokens_of, self.formula)
+        self.now = 0.0
         self.asked: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
@@ -79,13 +109,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         tenant=st.sampled_from(["", "a", "b"]),
         priority=st.sampled_from([0, 0, -1, 5]),
+        patience=st.sampled_from([None, None, 3, 9]),
     )
     def add(
-        self, prefix: int, tail: list[int], max_tokens: int, tenant: str, priority: int
+        self,
+        prefix: int,
+        tail: list[int],
+        max_tokens: int,
+        tenant: str,
+        priority: int,
+        patience: int | None,
     ) -> None:
         prompt = [*range(prefix), *tail]
         request = ask(f"r{len(self.asked)}", prompt, max_tokens)
-        request = replace(request, tenant=tenant, priority=priority)
+        deadline = None if patience is None else self.now + patience
+        request = replace(request, tenant=tenant, priority=priority, deadline_seconds=deadline)
         refusal = self.scheduler.add(request)
         fits = len(prompt) > 0 and len(prompt) + max_tokens <= 48
         assert (refusal is None) == fits
@@ -105,7 +143,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not set(ids) & set(self.ended)
         for row in plan.rows:
             assert row.length >= 1
-            assert row.end <= len(row.block_ids) * 4
+            assert row.start + row.length <= len(row.block_ids) * 4
         self.take(self.scheduler.commit(plan, self.runner.run(plan)))
         self.scheduler.check_integrity()
 
@@ -137,12 +175,33 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort_within_a_step(self, data: st.DataObject) -> None:
         plan = self.scheduler.schedule()
+        assert len(plan.rows) == len(plan)  # spelled out, as they are when a step is under way
         self.take(self.scheduler.abort(data.draw(st.sampled_from(sorted(self.asked)))))
         self.take(self.scheduler.commit(plan, self.runner.run(plan)))
+
+    @rule(seconds=st.integers(1, 4))
+    def wait(self, seconds: int) -> None:
+        """Exactly those end whose time is over, and their blocks are free at once."""
+        self.now += seconds
+        late = {
+            name
+            for name, request in self.asked.items()
+            if name not in self.ended and (request.deadline_seconds or 1e9) <= self.now
+        }
+        deltas = self.scheduler.expire(self.now)
+        assert {delta.request_id for delta in deltas} == late
+        assert {delta.finish_reason for delta in deltas} <= {"timeout"}
+        self.take(deltas)
+        assert not late & set(self.scheduler._roster.by_id)
+
+    def tokens_of(self, name: str) -> list[int]:
+        prompt = list(self.asked[name].prompt_token_ids)
+        return prompt + expected(prompt, self.asked[name].params.max_tokens, self.formula)
 
     @invariant()
     def sound(self) -> None:
         self.scheduler.check_integrity()
+        check_accounting(self.scheduler)
 
     def teardown(self) -> None:
         for _ in range(4000):
@@ -153,14 +212,44 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.pool.num_referenced == 0
         for name, reason in self.ended.items():
             request = self.asked[name]
-            full = expected(list(request.prompt_token_ids), request.params.max_tokens)
+            full = self.tokens_of(name)[len(request.prompt_token_ids) :]
             got = self.tokens[name]
             assert got == full[: len(got)]
             assert reason != "length" or got == full
 
 
+class WindowMachine(SchedulerMachine):
+    """Full attention beside a wider group of sliding windows, in a pool of both."""
+
+    kinds = (FULL, LayerKind("window-9", 9, 2))
+    blocks = 12 + 2 * 7
+
+
+class OnlyWindowsMachine(SchedulerMachine):
+    """All layers have windows, as in Mistral v0.1: a pool smaller than the longest request."""
+
+    kinds = (LayerKind("window-8", 8),)
+    blocks = 9
+
+
+class SpeculatingMachine(WindowMachine):
+    """Guesses that often come true, next to all else that may happen."""
+
+    drafts = 3
+    formula = staticmethod(repeating)
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSpeculatingMachine = SpeculatingMachine.TestCase
+TestWindowMachine = WindowMachine.TestCase
+TestOnlyWindowsMachine = OnlyWindowsMachine.TestCase
+for case in (
+    TestSchedulerMachine,
+    TestWindowMachine,
+    TestOnlyWindowsMachine,
+    TestSpeculatingMachine,
+):
+    case.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
 def test_running_requests_keep_their_token_while_a_long_prompt_comes_in() -> None:
@@ -296,7 +385,7 @@ def test_a_large_request_lets_small_ones_pass_but_not_for_ever() -> None:
 
 def blocks(scheduler: Scheduler, request_id: str) -> tuple[int, ...]:
     sequence = scheduler._roster.by_id[request_id]
-    return scheduler._roster.table.blocks_of(sequence.slot) if sequence.is_running else ()
+    return scheduler._roster.table.tables_of(sequence.slot)[0] if sequence.is_running else ()
 
 
 def test_the_oldest_request_is_never_preempted() -> None:
@@ -413,14 +502,18 @@ def test_priority_goes_first_and_is_preempted_last() -> None:
     assert scheduler.gauges().counts["preemptions"] > 0
 
 
+TWO_KINDS = (FULL, LayerKind("window-6", 6, 2))
+
+
 class Ahead:
     """Runs a scheduler one step ahead: the next step is scheduled before the last is committed.
 
     The fake device below remembers the newest token of each slot, as the real one does.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, runner: FakeRunner | None = None) -> None:
         self.scheduler = scheduler
+        self.runner = runner or FakeRunner(VOCAB)
         self.in_flight: tuple[StepPlan, StepResult] | None = None
         self.newest: dict[int, int] = {}
         self.num_pending = 0
@@ -436,7 +529,7 @@ class Ahead:
             )
         ]
         self.num_pending += int(plan.pending.sum())
-        result = FakeRunner(VOCAB).run(StepPlan.of(rows))
+        result = self.runner.run(StepPlan.of(rows))
         for row, slot in zip(plan.rows, plan.slots.tolist(), strict=True):
             if row.sample:
                 self.newest[slot] = result.tokens[row.request_id]
@@ -447,8 +540,7 @@ class Ahead:
         deltas = self.scheduler.commit(*self.in_flight) if self.in_flight else []
         self.in_flight = launched
         self.scheduler.check_integrity()
-        gauges = self.scheduler.gauges()
-        assert 0 <= gauges.tokens_wasted <= gauges.running * self.scheduler.pool.block_size
+        check_sums(self.scheduler)
         return deltas
 
 
@@ -459,22 +551,31 @@ class Ahead:
     ),
     eos=st.integers(0, VOCAB - 1),
     aborts=st.dictionaries(st.integers(0, 40), st.integers(0, 7), max_size=2),
+    kinds=st.sampled_from([(FULL,), TWO_KINDS]),
 )
 def test_one_step_ahead_gives_the_same_tokens(
-    asked: list[tuple[int, int, bool]], eos: int, aborts: dict[int, int]
+    asked: list[tuple[int, int, bool]],
+    eos: int,
+    aborts: dict[int, int],
+    kinds: tuple[LayerKind, ...],
 ) -> None:
     """With end tokens, min_tokens, preemption and aborts in between, also of what is in flight."""
 
     def fill() -> Scheduler:
-        scheduler = make(blocks=12, budget=9, concurrent=3, length=48, eos=(eos,))
+        scheduler = make(
+            blocks=12 * len(kinds) ** 2, budget=9, concurrent=3, length=48, eos=(eos,), kinds=kinds
+        )
         for index, (length, answer, banned) in enumerate(asked):
             minimum = answer // 2 if banned else 0
             prompt = list(range(index, index + length))
             assert scheduler.add(ask(f"r{index}", prompt, answer, min_tokens=minimum)) is None
         return scheduler
 
+    def tokens_of(name: str) -> list[int]:
+        return list(range(int(name[1:]), int(name[1:]) + asked[int(name[1:])][0])) + plain[name]
+
     plain = finish(fill())
-    ahead = Ahead(fill())
+    ahead = Ahead(fill(), MemoryRunner(VOCAB, kinds, 4, tokens_of))
     tokens: dict[str, list[int]] = {f"r{index}": [] for index in range(len(asked))}
     aborted: set[str] = set()
     for turn in range(2000):
@@ -502,6 +603,70 @@ def test_one_step_ahead_keeps_every_decode_busy() -> None:
         turns += 1
     assert ahead.num_pending == 2 * 19
     assert turns == 21
+
+
+def test_deadlines_of_requests_that_ended_in_time_take_no_memory() -> None:
+    deadlines = Deadlines()
+    requests = [
+        replace(ask(f"r{index}", [1]), deadline_seconds=1e6 - index) for index in range(5000)
+    ]
+    for first, request in enumerate(requests):
+        deadlines.add(request)
+        if first >= 10:
+            deadlines.forget(requests[first - 10])
+        assert len(deadlines) <= 64 + 1
+    assert deadlines.passed(1e5) == []
+    assert deadlines.passed(2e6) == [f"r{index}" for index in range(4999, 4989, -1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    asked=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=5),
+    eos=st.sampled_from([(), (3,), (52,)]),
+    drafts=st.integers(1, 6),
+)
+def test_speculation_changes_no_token_and_saves_steps(
+    asked: list[tuple[int, int]], eos: tuple[int, ...], drafts: int
+) -> None:
+    """Also where an end token or the limit comes among accepted drafts."""
+
+    def run(drafts: int) -> tuple[dict[str, list[int]], int, dict[str, int]]:
+        scheduler = make(blocks=80, budget=40, concurrent=5, eos=eos, drafts=drafts)
+        tokens: dict[str, list[int]] = {}
+        whole: dict[str, list[int]] = {}
+        for index, (length, answer) in enumerate(asked):
+            prompt = [place % 5 for place in range(length)]
+            scheduler.add(ask(f"r{index}", prompt, answer))
+            whole[f"r{index}"] = prompt + expected(prompt, answer, repeating)
+        runner = MemoryRunner(VOCAB, (FULL,), 4, whole.__getitem__, repeating)
+        steps = 0
+        while scheduler.has_work:
+            steps += 1
+            for delta in step(scheduler, runner)[1]:
+                tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            check_accounting(scheduler)
+        counts = dict(scheduler.gauges().counts)
+        assert scheduler.pool.num_referenced == 0
+        return tokens, steps, counts
+
+    plain, plain_steps, _ = run(0)
+    guessed, steps, counts = run(drafts)
+    assert guessed == plain
+    assert steps <= plain_steps
+    assert counts["accepted_tokens"] <= counts["draft_tokens"] <= drafts * counts["drafts"]
+    if max(answer for _, answer in asked) == 30 and not eos:
+        assert counts["accepted_tokens"] > 0
+
+
+def test_drafts_take_no_budget_from_prompts() -> None:
+    scheduler = make(blocks=64, budget=8, drafts=4)
+    runner = FakeRunner(VOCAB)
+    runner._next = repeating  # type: ignore[method-assign]
+    scheduler.add(ask("chat", [1, 2, 3, 4, 0, 1, 2, 3], max_tokens=40))
+    step(scheduler, runner)
+    scheduler.add(ask("long", list(range(60)), max_tokens=2))
+    lengths = [[row.length for row in step(scheduler, runner)[0].rows] for _ in range(8)]
+    assert lengths == [[1, 7]] * 8
 
 
 def test_ending_all_tells_everybody_and_frees_everything() -> None:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.errors import ConfigError
+from tilefleet_worker.layer_kinds import Demand
 from tilefleet_worker.request import Refusal, Request
 
 
@@ -10,14 +11,21 @@ from tilefleet_worker.request import Refusal, Request
 class Limits:
     """Fixed limits of an engine. Reads nothing that changes, so any thread may ask."""
 
-    pool: BlockPool
     max_model_len: int
     vocab_size: int
+    max_total_tokens: int
+    """Longest prompt and answer together that can be served."""
 
-    @property
-    def max_total_tokens(self) -> int:
-        """Longest prompt and answer together that can be served."""
-        return min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
+    @classmethod
+    def of(cls, demand: Demand, num_blocks: int, max_model_len: int, vocab_size: int) -> "Limits":
+        """Limits of a pool of so many blocks. Raises ConfigError when not even one token fits."""
+        longest = demand.longest(num_blocks, max_model_len)
+        if longest < 1:
+            raise ConfigError(
+                f"The KV cache has {num_blocks} blocks, but a single token takes "
+                f"{demand.span_blocks} of them: give it more memory."
+            )
+        return cls(max_model_len, vocab_size, longest)
 
     def refusal(self, request: Request) -> Refusal | None:
         """Why this request can never be served, or None."""

@@ -1,73 +1,43 @@
 """Who owns which KV block, and which blocks hold a prefix that can be used again.
 
-Every block is in exactly one state: *referenced* (in the tables of one or more requests), *idle*
-(of nobody, but its tokens are published and may be hit again) or *free*. Idle blocks are evicted
-in least-recently-used order when the free ones run out. Knows no tensor and no request.
+Blocks come and go in spans: those of one layer kind that hold the same tokens of a request. Every
+span is in exactly one state: *referenced* (in the tables of one or more requests) or *idle* (of
+nobody, but its tokens are published and may be hit again); all other blocks are *free*, for any
+kind. Idle spans are evicted in least-recently-used order when the free blocks run out. A span goes
+by the id of its first block, its head. Knows no tensor and no request.
 """
 
-import hashlib
-import struct
-import sys
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from tilefleet_worker.errors import ConfigError, EngineError
-
-_FORMAT_VERSION = "tilefleet-kv-1"
-
-
-def chain_root(fingerprint: str, cache_salt: str) -> bytes:
-    """Hash from which the chain of a request starts.
-
-    fingerprint: what makes KV values of two engines differ (model, dtype, layout, rope). The salt
-    sits here, so that every block of one tenant differs from every block of another. Fields are
-    length-prefixed: ("ab", "c") and ("a", "bc") have different roots.
-    """
-    digest = hashlib.sha256()
-    for text in (_FORMAT_VERSION, fingerprint, cache_salt):
-        data = text.encode()
-        digest.update(struct.pack("<I", len(data)))
-        digest.update(data)
-    return digest.digest()
+from tilefleet_worker.layer_kinds import FULL, LayerKind
+from tilefleet_worker.prefix_chain import chain_root
 
 
-def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Hash of one full block: SHA-256 of its parent's hash and its tokens as uint32, little endian.
+class Hit(NamedTuple):
+    """The longest known prefix of a chain."""
 
-    SHA-256 and not a fast hash: a collision would serve one tenant's context to another.
-    """
-    return extend_chain(parent, token_ids, len(token_ids))[0]
-
-
-def extend_chain(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
-    """Hashes of consecutive full blocks; what is left over at the end has none.
-
-    All tokens become bytes at once, for nothing if they come as array("I"): a block then costs
-    little more than its SHA-256.
-    """
-    tokens = token_ids if isinstance(token_ids, array) else array("I", token_ids)
-    if sys.byteorder == "big":
-        tokens = array("I", tokens)
-        tokens.byteswap()
-    if len(tokens) < block_size:
-        return []
-    whole = memoryview(tokens)[: len(tokens) // block_size * block_size]
-    hashes, sha256 = [], hashlib.sha256
-    for (block,) in struct.iter_unpack(f"{tokens.itemsize * block_size}s", whole.cast("B")):
-        parent = sha256(parent + block).digest()
-        hashes.append(parent)
-    return hashes
+    num_spans: int
+    """Spans of tokens that need not be computed."""
+    block_ids: tuple[Sequence[int], ...]
+    """Of each kind, the blocks that the token after them still sees: of a window the last ones."""
 
 
 class BlockPool:
-    """A fixed number of blocks with reference counts, a prefix index and an LRU of idle blocks."""
+    """A fixed number of blocks with reference counts, a prefix index and an LRU of idle spans.
+
+    kinds: layer kinds of the model. token_bytes: bytes of one token in one block.
+    """
 
     def __init__(
         self,
         num_blocks: int,
         block_size: int,
         *,
+        kinds: tuple[LayerKind, ...] = (FULL,),
+        token_bytes: int = 1,
         prefix_caching: bool = True,
         fingerprint: str = "",
     ) -> None:
@@ -78,131 +48,220 @@ class BlockPool:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.kinds = kinds
+        self.token_bytes = token_bytes
         self.prefix_caching = prefix_caching
+        self.num_used_spans = [0] * len(kinds)
+        """Referenced spans of each kind, shared ones counted once."""
+        self.num_idle_spans = [0] * len(kinds)
         self._fingerprint = fingerprint
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
-        self._block_of_hash: dict[bytes, int] = {}
+        self._head_of_hash: tuple[dict[bytes, int], ...] = tuple({} for _ in kinds)
+        # Of spans wider than a block: head → the others. Of idle spans: head → kind.
+        self._others: dict[int, tuple[int, ...]] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._idle: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def spare_block_id(self) -> int:
+        """Stands in tables for blocks that left the window: no request's, see KVCache."""
+        return self.num_blocks
 
     @property
     def num_idle(self) -> int:
         """Blocks of nobody whose prefix can still be hit."""
-        return len(self._idle)
+        return sum(k.width * n for k, n in zip(self.kinds, self.num_idle_spans, strict=True))
 
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can hand out: free and idle ones."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + self.num_idle
 
     @property
     def num_referenced(self) -> int:
         """Blocks in the table of at least one request."""
         return self.num_blocks - self.num_available
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens need."""
-        return -(-num_tokens // self.block_size)
-
     def root(self, cache_salt: str) -> bytes:
         """Start of the hash chain of requests with this salt."""
         return chain_root(self._fingerprint, cache_salt)
 
-    def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """Blocks that hold the longest known prefix of a chain. Changes nothing."""
-        blocks: list[int] = []
-        if not self.prefix_caching:
-            return blocks
-        for value in hashes:
-            block = self._block_of_hash.get(value)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+    def match(self, hashes: Sequence[bytes]) -> Hit:
+        """The longest known prefix of a chain. Changes nothing.
 
-    def num_idle_of(self, block_ids: Iterable[int]) -> int:
-        """How many of these blocks are idle, so that acquiring them makes fewer available."""
-        return sum(1 for block in block_ids if self._ref_counts[block] == 0)
-
-    def acquire(self, block_ids: Iterable[int]) -> None:
-        """Add one reference to each block found by `match`."""
-        for block in block_ids:
-            self._idle.pop(block, None)
-            self._ref_counts[block] += 1
-
-    def allocate(self, count: int) -> tuple[int, ...]:
-        """Take `count` blocks with one reference each; idle ones are evicted, oldest first.
-
-        Raises EngineError when fewer are available: the caller must check `num_available`.
+        It must be known to every kind: whole to full attention, and to a window as much of its end
+        as the next token sees.
         """
-        if count > self.num_available:
-            raise EngineError(f"{count} blocks asked of a pool with {self.num_available} available")
-        return tuple(self._take() for _ in range(count))
+        length = len(hashes) if self.prefix_caching else 0
+        for kind, heads in zip(self.kinds, self._head_of_hash, strict=True):
+            if not kind.window:
+                known = (i for i, value in enumerate(hashes[:length]) if value not in heads)
+                length = next(known, length)
+        if len(self.kinds) > 1 or self.kinds[0].window:
+            length = self._seen_by_windows(hashes, length)
+        return Hit(
+            length,
+            tuple(self._blocks(index, hashes, length) for index in range(len(self.kinds))),
+        )
 
-    def _take(self) -> int:
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._idle.popitem(last=False)
-            value = self._hashes[block]
-            if value is not None:
-                del self._block_of_hash[value]
-                self._hashes[block] = None
-        self._ref_counts[block] = 1
-        return block
+    def _seen_by_windows(self, hashes: Sequence[bytes], length: int) -> int:
+        """The most spans, up to `length`, whose ends are known as far as each window reaches."""
+        fits = [True] * (length + 1)
+        for kind, heads in zip(self.kinds, self._head_of_hash, strict=True):
+            known = 0
+            for end in range(1, length + 1 if kind.window else 0):
+                known = known + 1 if hashes[end - 1] in heads else 0
+                seen = end - kind.first_span(end * self.block_size, self.block_size)
+                fits[end] &= known >= seen
+        return next(end for end in range(length, -1, -1) if fits[end])
 
-    def publish(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
-        """Make full blocks findable. The first block of a hash wins; a second stays private.
+    def _blocks(self, index: int, hashes: Sequence[bytes], length: int) -> Sequence[int]:
+        kind, heads = self.kinds[index], self._head_of_hash[index]
+        first = kind.first_span(length * self.block_size, self.block_size)
+        found = [heads[value] for value in hashes[first:length]]
+        return found if kind.width == 1 else [b for head in found for b in self._span(head)]
 
-        A published block is never written again. Raises EngineError for a block of nobody, or one
+    def _span(self, head: int) -> tuple[int, ...]:
+        return (head, *self._others.get(head, ()))
+
+    def num_holders(self, head: int) -> int:
+        """Requests that hold the span of this head."""
+        return self._ref_counts[head]
+
+    def num_idle_of(self, hit: Hit) -> int:
+        """How many blocks of a hit are idle, so that acquiring them makes fewer available."""
+        idle = 0
+        for kind, block_ids in zip(self.kinds, hit.block_ids, strict=True):
+            heads = block_ids[:: kind.width]
+            idle += kind.width * sum(1 for head in heads if self._ref_counts[head] == 0)
+        return idle
+
+    def acquire(self, hit: Hit) -> None:
+        """Add one reference to each block found by `match`."""
+        for index, block_ids in enumerate(hit.block_ids):
+            for head in block_ids[:: self.kinds[index].width]:
+                if self._ref_counts[head] == 0:
+                    del self._idle[head]
+                    self.num_idle_spans[index] -= 1
+                    self.num_used_spans[index] += 1
+                self._ref_counts[head] += 1
+
+    def allocate(self, count: int, index: int = 0) -> tuple[int, ...]:
+        """Take `count` spans of kind `index`, one reference each: their blocks, span by span.
+
+        Idle spans are evicted, oldest first. Raises EngineError when too few blocks are available:
+        the caller must check `num_available`.
+        """
+        width = self.kinds[index].width
+        if count * width > self.num_available:
+            raise EngineError(
+                f"{count * width} blocks asked of a pool with {self.num_available} available"
+            )
+        while len(self._free) < count * width:
+            self._evict()
+        taken = tuple(self._free.pop() for _ in range(count * width))
+        for start in range(0, len(taken), width):
+            self._ref_counts[taken[start]] = 1
+            if width > 1:
+                self._others[taken[start]] = taken[start + 1 : start + width]
+        self.num_used_spans[index] += count
+        return taken
+
+    def _evict(self) -> None:
+        """Free the blocks of the span that is idle for longest."""
+        head, index = self._idle.popitem(last=False)
+        self.num_idle_spans[index] -= 1
+        value = self._hashes[head]
+        if value is not None:
+            del self._head_of_hash[index][value]
+            self._hashes[head] = None
+        self._set_free(head)
+
+    def _set_free(self, head: int) -> None:
+        self._free.append(head)
+        if self._others:
+            self._free.extend(self._others.pop(head, ()))
+
+    def publish(self, block_ids: Sequence[int], hashes: Sequence[bytes], index: int = 0) -> None:
+        """Make full spans of kind `index` findable. The first of a hash wins; a second stays
+        private.
+
+        A published block is never written again. Raises EngineError for a span of nobody, or one
         published as something else.
         """
         if not self.prefix_caching:
             return
-        for block, value in zip(block_ids, hashes, strict=True):
-            if self._ref_counts[block] < 1:
-                raise EngineError(f"block {block} was published without an owner")
-            known = self._hashes[block]
+        known_heads = self._head_of_hash[index]
+        heads = block_ids[:: self.kinds[index].width]
+        for head, value in zip(heads, hashes, strict=True):
+            if self._ref_counts[head] < 1:
+                raise EngineError(f"block {head} was published without an owner")
+            known = self._hashes[head]
             if known is not None and known != value:
-                raise EngineError(f"block {block} was published twice with different tokens")
-            if known is None and value not in self._block_of_hash:
-                self._hashes[block] = value
-                self._block_of_hash[value] = block
+                raise EngineError(f"block {head} was published twice with different tokens")
+            if known is None and value not in known_heads:
+                self._hashes[head] = value
+                known_heads[value] = head
 
-    def release(self, block_ids: Sequence[int]) -> None:
-        """Drop one reference of each block of a request's table, tail first.
+    def release(self, block_ids: Sequence[int], index: int = 0) -> None:
+        """Drop one reference of each span of kind `index` in a request's table, tail first.
 
-        Tail first, because the oldest idle block is evicted first and a prefix without its head
+        Tail first, because the oldest idle span is evicted first and a prefix without its head
         cannot be hit. Raises EngineError when a block has no reference left to drop.
         """
-        for block in reversed(block_ids):
-            if self._ref_counts[block] < 1:
-                raise EngineError(f"block {block} was released twice")
-            self._ref_counts[block] -= 1
-            if self._ref_counts[block] == 0:
-                if self._hashes[block] is None:
-                    self._free.append(block)
+        for head in reversed(block_ids[:: self.kinds[index].width]):
+            if self._ref_counts[head] < 1:
+                raise EngineError(f"block {head} was released twice")
+            self._ref_counts[head] -= 1
+            if self._ref_counts[head] == 0:
+                self.num_used_spans[index] -= 1
+                if self._hashes[head] is None:
+                    self._set_free(head)
                 else:
-                    self._idle[block] = None
+                    self._idle[head] = index
+                    self.num_idle_spans[index] += 1
 
-    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Raise EngineError unless counts, sets and index agree with the tables of all requests."""
-        expected = Counter(block for table in tables for block in table)
-        free, idle = set(self._free), set(self._idle)
-        if len(free) != len(self._free) or free & idle:
+    def check_integrity(self, tables: Sequence[Iterable[Sequence[int]]]) -> None:
+        """Raise EngineError unless counts, sets and index agree with the tables of all requests.
+
+        tables: for each kind the blocks that each request holds.
+        """
+        free = set(self._free)
+        if len(free) != len(self._free) or free & set(self._idle):
             raise EngineError("a block is free or idle more than once")
+        homes = Counter(free)
+        for head in self._idle:
+            if self._hashes[head] is None:
+                raise EngineError(f"block {head} is idle without a hash")
+            homes.update(self._span(head))
+        for index, kind_tables in enumerate(tables):
+            homes.update(self._check_kind(index, kind_tables))
         for block in range(self.num_blocks):
-            count = self._ref_counts[block]
-            if count != expected[block]:
-                raise EngineError(f"block {block}: {count} references, {expected[block]} holders")
-            if (count == 0) != (block in free or block in idle):
-                raise EngineError(f"block {block}: {count} references, but free or idle is wrong")
-            if (block in idle) and self._hashes[block] is None:
-                raise EngineError(f"block {block} is idle without a hash")
-            if (block in free) and self._hashes[block] is not None:
-                raise EngineError(f"block {block} is free with a hash")
-        index = {block: value for value, block in self._block_of_hash.items()}
+            if homes[block] != 1:
+                raise EngineError(f"block {block} has {homes[block]} homes: free, idle or a span")
+            if block in free and (self._ref_counts[block] or self._hashes[block] is not None):
+                raise EngineError(f"block {block} is free with a reference or a hash")
+        indexed = {head: value for heads in self._head_of_hash for value, head in heads.items()}
         published = {b: value for b, value in enumerate(self._hashes) if value is not None}
-        if index != published or len(index) != len(self._block_of_hash):
+        if indexed != published or len(indexed) != sum(map(len, self._head_of_hash)):
             raise EngineError("the prefix index and the hashes of blocks disagree")
+
+    def _check_kind(self, index: int, tables: Iterable[Sequence[int]]) -> Iterable[int]:
+        """Check the spans of one kind. Returns the blocks that are referenced, each once."""
+        width = self.kinds[index].width
+        spans = Counter(
+            tuple(table[at : at + width]) for table in tables for at in range(0, len(table), width)
+        )
+        for span, count in spans.items():
+            if span != self._span(span[0]) or len(span) != width:
+                raise EngineError(f"blocks {span} are in a table, but are not one span")
+            if self._ref_counts[span[0]] != count:
+                held = self._ref_counts[span[0]]
+                raise EngineError(f"block {span[0]}: {held} references, {count} holders")
+        idle = [head for head, kind in self._idle.items() if kind == index]
+        if any(self._ref_counts[head] for head in idle):
+            raise EngineError("an idle block has references")
+        if (len(spans), len(idle)) != (self.num_used_spans[index], self.num_idle_spans[index]):
+            raise EngineError(f"the spans of kind {self.kinds[index].name} are counted wrong")
+        return [block for span in spans for block in span]

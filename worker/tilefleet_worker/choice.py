@@ -35,17 +35,18 @@ def needs_choice(row: StepRow) -> bool:
     )
 
 
-def choose(logits: Floats, row: StepRow) -> int:
+def choose(logits: Floats, row: StepRow, ahead: int = 0) -> int:
     """Choose the row's token from fp64 logits [vocabulary], which are changed.
 
-    Raises NoTokenError when nothing is left to choose, and ValueError when the grammar is broken.
+    ahead: how many of its drafts stand before the token. Raises NoTokenError when nothing is left
+    to choose, and ValueError when the grammar is broken.
     """
     _mask(logits, row)
     if row.history is not None:
         _penalise(logits, row.params, row.history)
     if not np.isfinite(logits.max()):
         raise NoTokenError("masks, bias and grammar together leave no token to choose")
-    return draw(logits, row.params, row.seed, row.end)
+    return draw(logits, row.params, row.seed, row.end + ahead)
 
 
 def _mask(logits: Floats, row: StepRow) -> None:

@@ -157,6 +157,11 @@ class ServeConfig:
         256, "--max-concurrent", "REQUESTS", _whole(1, 65_536),
         "most requests that decode at the same time; more wait in the queue",
     )  # fmt: skip
+    speculative_ngram: int = _option(
+        0, "--speculative-ngram", "TOKENS", _whole(0, 64),
+        "most tokens that a step guesses for a request, from what followed the same words before; "
+        "answers stay the same; 0 = guess none; cpu and reference backends",
+    )  # fmt: skip
     host: str = _option(
         "0.0.0.0", "--host", "ADDRESS", _text, "address that both ports listen on"
     )  # fmt: skip
@@ -231,6 +236,7 @@ def engine_config(config: ServeConfig, *, num_cpus: int) -> EngineConfig:
         prefix_caching=config.prefix_caching,
         max_batch_tokens=config.max_batch_tokens,
         max_concurrent=config.max_concurrent,
+        speculative_ngram=config.speculative_ngram,
         max_model_len=config.max_model_len,
         threads=config.threads or max(1, num_cpus),
     )

@@ -181,7 +181,10 @@ class Engine:
                 "busy_seconds": self._steps.busy_seconds,
                 **scheduler.counts,
             }
-            return EngineStats(counters, gauges, self._steps.newest, self._steps.histograms())
+            return EngineStats(
+                counters, gauges, self._steps.newest, self._steps.histograms(),
+                scheduler.bytes_by_cause,
+            )  # fmt: skip
 
     def stop(self, timeout_seconds: float = 30.0) -> None:
         """Abort what is in flight and end the thread. Idempotent.
@@ -253,6 +256,7 @@ class Engine:
                 deltas += self._scheduler.abort(*message)
             else:
                 deltas += self._add(message)
+        deltas += self._scheduler.expire(began)
         plan = self._scheduler.schedule()
         if len(plan):
             result = self._run(plan)
@@ -284,10 +288,7 @@ class Engine:
                 "a step of %d rows failed (%s): running them one by one", len(plan), error
             )
         parts = [self._run(plan.alone(index)) for index in range(len(plan))]
-        return StepResult(
-            {key: token for part in parts for key, token in part.tokens.items()},
-            {key: fault for part in parts for key, fault in part.faults.items()},
-        )
+        return StepResult.joined(parts)
 
     def _check_device(self, error: Exception) -> None:
         """Raise EngineError when not the request but the device is broken."""

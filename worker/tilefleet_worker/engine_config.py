@@ -37,6 +37,8 @@ class EngineConfig:
     """Requests that may queue; one more is answered 429."""
     max_model_len: int = 0
     """Tokens of prompt and answer together. 0: what the model was trained for."""
+    speculative_ngram: int = 0
+    """Most draft tokens that a step checks for a request, found in its own text; 0: none."""
     threads: int = 0
     """Compute threads. 0: leave the framework's default."""
     stall_seconds: float = 60.0
@@ -47,7 +49,8 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         for name in ("max_batch_tokens", "max_concurrent"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("kv_cache_bytes", "block_size", "max_waiting", "max_model_len", "threads"):
+        for name in ("kv_cache_bytes", "block_size", "max_waiting", "max_model_len", "threads",
+                     "speculative_ngram"):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             raise ConfigError(
@@ -76,6 +79,11 @@ class EngineConfig:
             raise ConfigError(
                 f"dtype is {self.dtype!r}, but backend {backend!r} computes in float32 only: use "
                 "dtype auto, or backend triton on a GPU."
+            )
+        if on_gpu and self.speculative_ngram:
+            raise ConfigError(
+                f"speculative_ngram is {self.speculative_ngram}, but backend 'triton' checks no "
+                "drafts yet: leave --speculative-ngram out, or use --backend cpu."
             )
         return replace(
             self,

@@ -17,6 +17,7 @@ from tilefleet_worker.engine import Engine, StepRunner
 from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.kv_cache import KVCache, block_bytes, num_blocks_for
+from tilefleet_worker.layer_kinds import CacheLayout, LayerKind
 from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.runner import Runner
 from tilefleet_worker.scheduler import Scheduler
@@ -56,6 +57,7 @@ class _Built:
     runner: StepRunner
     num_blocks: int
     block_bytes: int
+    kinds: tuple[LayerKind, ...]
     batch_invariant: bool
     device: Mapping[str, Any]
     facts: Mapping[str, Any]
@@ -96,12 +98,12 @@ def build_engine(
             "threads": torch.get_num_threads(),
             "batch_invariant": built.batch_invariant,
             "kv_block_bytes": built.block_bytes,
-            "kv_spare_bytes": built.block_bytes,
+            "kv_layer_kinds": {kind.name: kind.width for kind in built.kinds},
             **built.facts,
         },
         startup=tuple(phases.done),
     )
-    scheduler = _scheduler(model_dir, model_config, config, built.num_blocks)
+    scheduler = _scheduler(model_dir, model_config, config, built)
     return Engine(config, built.runner, scheduler, clock, info)
 
 
@@ -117,18 +119,21 @@ def _on_cpu(
     on_progress: Progress | None,
 ) -> _Built:
     backend = attention.create(config.backend, model_config)
-    num_blocks = num_blocks_for(model_config, config.block_size, config.kv_cache_bytes)
+    layout = CacheLayout.of(model_config.windows, config.max_model_len)
+    size = block_bytes(model_config, config.block_size, layout=layout)
+    num_blocks = num_blocks_for(
+        model_config, config.block_size, config.kv_cache_bytes, layout=layout
+    )
     with torch.inference_mode(), Weights(model_dir, on_progress) as weights:
         model = models.load(model_config, weights, config.max_model_len)
     phases.end("weights")
-    cache = KVCache(model_config, num_blocks, config.block_size)
+    cache = KVCache(model_config, num_blocks, config.block_size, layout=layout)
     phases.end("pool")
     runner = Runner(model, cache, backend)
     runner.warm_up(config.max_batch_tokens)
     batch_invariant = runner.batch_invariant()
     phases.end("warmup")
-    size = block_bytes(model_config, config.block_size)
-    return _Built(runner, num_blocks, size, batch_invariant, _cpu(), {})
+    return _Built(runner, num_blocks, size, layout.kinds, batch_invariant, _cpu(), {})
 
 
 def _on_gpu(
@@ -174,15 +179,18 @@ def _on_gpu(
     phases.end("capture")
     size = block_bytes(model_config, config.block_size, dtype)
     facts = gpu_device.facts(device)
-    return _Built(runner, cache.num_blocks, size, batch_invariant, facts, runner.graph_facts)
+    kinds = cache.layout.kinds
+    return _Built(runner, cache.num_blocks, size, kinds, batch_invariant, facts, runner.graph_facts)
 
 
 def _scheduler(
-    model_dir: Path, model_config: ModelConfig, config: EngineConfig, num_blocks: int
+    model_dir: Path, model_config: ModelConfig, config: EngineConfig, built: _Built
 ) -> Scheduler:
     pool = BlockPool(
-        num_blocks,
+        built.num_blocks,
         config.block_size,
+        kinds=built.kinds,
+        token_bytes=built.block_bytes // config.block_size,
         prefix_caching=config.prefix_caching,
         fingerprint=f"{model_dir.resolve()}|{model_config}|{config.dtype}|{config.block_size}",
     )
@@ -193,6 +201,7 @@ def _scheduler(
         config.max_model_len,
         vocab_size=model_config.vocab_size,
         eos_token_ids=model_config.eos_token_ids,
+        max_drafts=config.speculative_ngram,
     )
 
 

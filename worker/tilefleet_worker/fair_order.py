@@ -29,28 +29,47 @@ class FairOrder:
     def __init__(self) -> None:
         self._now = 0.0
         self._ends: dict[str, float] = {}
+        # tenant → arrival → start of requests that were not admitted yet, in order of both
+        self._waiting: dict[str, dict[int, float]] = {}
         self._arrivals = 0
 
     def turn(self, request: Request) -> Turn:
-        """The place of a request that comes now. It is charged all tokens that it may take."""
+        """The place of a request that comes now. It is charged all tokens that it may take.
+
+        Never before one of the same tenant that still waits: what answers that ended early gave
+        back to the tenant serves those who come later.
+        """
         start = max(self._now, self._ends.get(request.tenant, 0.0))
         self._ends[request.tenant] = start + request.max_total_tokens
+        waiting = self._waiting.setdefault(request.tenant, {})
+        if waiting:
+            start = max(start, next(reversed(waiting.values())))
         self._arrivals += 1
+        waiting[self._arrivals] = start
         if len(self._ends) > MAX_TENANTS:
             self._forget()
         return Turn(request.priority, start, self._arrivals)
 
-    def admitted(self, turn: Turn) -> None:
-        """A request begins to be served: virtual time is at least its start."""
+    def admitted(self, request: Request, turn: Turn) -> None:
+        """A request begins to be served, or does so again: virtual time is at least its start."""
         self._now = max(self._now, turn.start)
+        self._stop_waiting(request, turn)
 
-    def settle(self, request: Request, num_tokens: int) -> None:
+    def settle(self, request: Request, turn: Turn, num_tokens: int) -> None:
         """A request ended with `num_tokens` tokens of prompt and answer: its tenant gets the rest.
 
         Requests of the tenant that wait already keep their turns.
         """
         if request.tenant in self._ends:
             self._ends[request.tenant] -= request.max_total_tokens - num_tokens
+        self._stop_waiting(request, turn)
+
+    def _stop_waiting(self, request: Request, turn: Turn) -> None:
+        waiting = self._waiting.get(request.tenant)
+        if waiting is not None:
+            waiting.pop(turn.arrival, None)
+            if not waiting:
+                del self._waiting[request.tenant]
 
     def _forget(self) -> None:
         """Drop tenants whose next request would start now in any case; else the least burdened."""

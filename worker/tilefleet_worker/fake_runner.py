@@ -31,6 +31,7 @@ class FakeRunner:
             if self._fault_token_id in row.token_ids:
                 raise ValueError(f"token {self._fault_token_id} is poison")
         tokens: dict[str, int] = {}
+        accepted: dict[str, tuple[int, ...]] = {}
         faults: dict[str, str] = {}
         logprobs: dict[str, TokenLogprob] = {}
         for row in plan.rows:
@@ -41,10 +42,20 @@ class FakeRunner:
             except ValueError as error:
                 faults[row.request_id] = f"{type(error).__name__}: {error}"
                 continue
+            accepted[row.request_id] = self._accepted(row, token)
             if row.params.logprobs is not None:
                 values = self._logits(row.token_ids[-1], row.end)
                 logprobs[row.request_id] = score(values, token, row.params.logprobs)
-        return StepResult(tokens, faults, logprobs, self._scores(plan))
+        return StepResult(tokens, faults, logprobs, self._scores(plan), accepted)
+
+    def _accepted(self, row: StepRow, token: int) -> tuple[int, ...]:
+        found: list[int] = []
+        for draft in row.drafts:
+            if token != draft:
+                break
+            token = self._next(token, row.end + len(found) + 1)
+            found.append(token)
+        return tuple(found)
 
     def _scores(self, plan: StepPlan) -> dict[str, tuple[TokenLogprob, ...]]:
         scored = {}
@@ -63,7 +74,7 @@ class FakeRunner:
         """The formula's token, as if it had all the probability, unless something reshapes it."""
         if row.params.reshapes or row.constraint is not None:
             return choose(self._logits(row.token_ids[-1], row.end), row)
-        token = self._next(row.token_ids[-1], row.end)
+        token = self._next(row.token_ids[row.length - len(row.drafts) - 1], row.end)
         while token in row.banned_token_ids:
             token = (token + 1) % self._vocab_size
         return token

@@ -5,33 +5,50 @@ from collections.abc import Sequence
 import torch
 
 from tilefleet_worker.errors import ConfigError
+from tilefleet_worker.layer_kinds import CacheLayout
 from tilefleet_worker.model_config import ModelConfig
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    values = config.num_layers * 2 * block_size * config.num_kv_heads * config.head_dim
-    return values * dtype.itemsize
+def block_bytes(
+    config: ModelConfig,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+    layout: CacheLayout | None = None,
+) -> int:
+    """Bytes of one block over all of its layers, keys and values. layout: see KVCache."""
+    layers = (layout or CacheLayout.uniform(config.num_layers)).layers_per_block
+    return layers * 2 * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 def num_blocks_for(
-    config: ModelConfig, block_size: int, kv_cache_bytes: int, dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    block_size: int,
+    kv_cache_bytes: int,
+    dtype: torch.dtype = torch.float32,
+    layout: CacheLayout | None = None,
 ) -> int:
-    """Blocks that fit the memory, beside the spare one. Raises ConfigError below two blocks."""
-    size = block_bytes(config, block_size, dtype)
+    """Blocks that fit the memory, beside the spare one. Raises ConfigError when one token's do not.
+
+    layout: see KVCache.
+    """
+    layout = layout or CacheLayout.uniform(config.num_layers)
+    size = block_bytes(config, block_size, dtype, layout)
     count = kv_cache_bytes // size - 1
-    if count < 1:
+    least = sum(kind.width for kind in layout.kinds)
+    if count < least:
         raise ConfigError(
             f"The KV cache has {kv_cache_bytes} bytes, but a block of {block_size} tokens takes "
-            f"{size} and two are needed: give it at least {2 * size} bytes."
+            f"{size} and {least + 1} are needed: give it at least {(least + 1) * size} bytes."
         )
     return count
 
 
 class KVCache:
-    """One tensor [layers, 2, blocks + 1, block_size, kv_heads, head_dim], zeroed.
+    """One tensor [layers of a block, 2, blocks + 1, block_size, kv_heads, head_dim], zeroed.
 
-    The block after the last is a spare of nobody: self-checks write there, and padding reads it.
+    layout: where each layer is; without one all layers are in every block. The block after the
+    last is a spare of nobody: self-checks write there, padding reads it, and so do queries where a
+    block has left their window, behind a mask.
     """
 
     def __init__(
@@ -41,11 +58,13 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        layout: CacheLayout | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.layout = layout or CacheLayout.uniform(config.num_layers)
         shape = (
-            config.num_layers,
+            self.layout.layers_per_block,
             2,
             num_blocks + 1,
             block_size,
@@ -57,13 +76,18 @@ class KVCache:
         self._layers = tuple(self._tensor.unbind(0))
 
     @property
+    def num_tables(self) -> int:
+        """Block tables of a request: groups of layers that have blocks of their own."""
+        return sum(kind.width for kind in self.layout.kinds)
+
+    @property
     def spare_block_id(self) -> int:
         """Id of the block that belongs to no request."""
         return self.num_blocks
 
     def layer(self, index: int) -> torch.Tensor:
         """Keys and values of one layer: [2, blocks + 1, block_size, kv_heads, head_dim]."""
-        return self._layers[index]
+        return self._layers[self.layout.places[index]]
 
     def scrub(self, block_ids: Sequence[int]) -> None:
         """Replace values that are not finite by 0 in these blocks.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tilefleet_worker.errors import RequestError
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 MAX_SEED = 2**63 - 1
 MAX_PENALTY = 100.0
@@ -161,6 +161,8 @@ class Request:
     """Whose request it is: tokens are shared out evenly between tenants that wait."""
     priority: int = 0
     """Smaller is served first, whatever the tenant; also preempted last."""
+    deadline_seconds: float | None = None
+    """When it ends with "timeout" if it has not ended before, on the clock of its arrival."""
     constraint: TokenConstraint | None = field(default=None, compare=False)
     """The grammar of the answer. It has a state: a request that carries one is submitted once."""
 
@@ -179,8 +181,8 @@ class Request:
 class Delta(NamedTuple):
     """What one step produced for one request. The last one carries a `finish_reason`.
 
-    `token_ids` includes the end token that stopped the request. After "error" no more deltas
-    follow and `error` says why. An aborted request gets one final delta with "abort".
+    `token_ids` includes the end token that stopped the request. After "error" and "timeout" no
+    more deltas follow and `error` says why. An aborted request gets one final delta with "abort".
     """
 
     request_id: str

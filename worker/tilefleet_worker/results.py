@@ -9,6 +9,7 @@ from itertools import repeat
 
 import numpy as np
 
+from tilefleet_worker.drafts import Drafts
 from tilefleet_worker.request import Delta, FinishReason, TokenLogprob
 from tilefleet_worker.request_table import Ints
 from tilefleet_worker.roster import Roster
@@ -18,11 +19,13 @@ from tilefleet_worker.step import StepPlan, StepResult
 class Results:
     """Takes in the results of steps, in the order in which those were scheduled."""
 
-    def __init__(self, roster: Roster, vocab_size: int) -> None:
+    def __init__(self, roster: Roster, drafts: Drafts, vocab_size: int) -> None:
         self.pool = roster.pool
         self.vocab_size = vocab_size
         self._roster = roster
         self._table = roster.table
+        self._drafts = drafts
+        self._windows = any(kind.window for kind in roster.pool.kinds)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take in what a step computed. Rows of requests that ended meanwhile are ignored.
@@ -45,7 +48,9 @@ class Results:
         if result.prompt_logprobs:
             self._take_scores(plan, result.prompt_logprobs)
         sampled = plan if plan.sample.all() else plan.select(plan.sample)
-        deltas = self._take_tokens(sampled, result)
+        deltas = self._drafts.take(plan, result, self._take_tokens(sampled, result))
+        if self._windows:
+            self._drop_unseen(self._alive(plan))
         return deltas + errors if errors else deltas
 
     def _take_scores(self, plan: StepPlan, found: Mapping[str, tuple[TokenLogprob, ...]]) -> None:
@@ -69,6 +74,18 @@ class Results:
         slots = plan.slots[plan.starts < self._table.num_prompt[plan.slots]]
         for sequence in self._roster.owners(slots):
             sequence.publish(self._table, self.pool)
+
+    def _drop_unseen(self, plan: StepPlan) -> None:
+        """Give back what left a window. A step under way starts behind what this one computed, so
+        it reads none of it.
+        """
+        computed, leaves = self._table.num_computed[plan.slots], np.zeros(len(plan), np.bool_)
+        for kind, held in zip(self.pool.kinds, self._table.kinds, strict=True):
+            if kind.window:
+                first = np.maximum(computed - kind.window + 1, 0) // self.pool.block_size
+                leaves |= first > held.first_span[plan.slots]
+        for sequence in self._roster.owners(plan.slots[leaves]):
+            sequence.drop_unseen(self._table, self.pool)
 
     def _take_tokens(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Append a token to each of these requests, all of which want one."""

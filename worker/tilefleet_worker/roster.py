@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.accounting import PoolBytes, accounting
+from tilefleet_worker.block_pool import BlockPool, Hit
+from tilefleet_worker.deadlines import Deadlines
 from tilefleet_worker.errors import EngineError
 from tilefleet_worker.fair_order import FairOrder, Turn
+from tilefleet_worker.layer_kinds import Demand
 from tilefleet_worker.request import Delta, FinishReason, Request
 from tilefleet_worker.request_table import Ints, RequestTable
 from tilefleet_worker.sequence import Sequence
@@ -23,15 +26,22 @@ _COUNTS = (
     "generated_tokens",
     "completions",
     "aborts",
+    "timeouts",
     "errors",
     "preemptions",
+    "drafts",
+    "draft_tokens",
+    "accepted_tokens",
 )
-_COUNT_OF_REASON = {"abort": "aborts", "error": "errors"}
+_COUNT_OF_REASON = {"abort": "aborts", "timeout": "timeouts", "error": "errors"}
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerGauges:
-    """The scheduler's state as numbers, and its counters so far."""
+    """The scheduler's state as numbers, and its counters so far.
+
+    Blocks are counted as if each held all layers, so that blocks · block_size are tokens.
+    """
 
     running: int
     waiting: int
@@ -41,16 +51,20 @@ class SchedulerGauges:
     blocks_used: int
     blocks_cached: int
     tokens_wasted: int
-    """Places for tokens in blocks of running requests that hold none: the ends of last blocks."""
+    """Places for tokens of running requests that hold none, or one that left a window."""
+    bytes_by_cause: PoolBytes
     counts: Mapping[str, int]
 
 
 class Roster:
     """`running` and `waiting` are in order of turns; only the methods here change them."""
 
-    def __init__(self, pool: BlockPool, num_slots: int, max_total_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, demand: Demand, num_slots: int, max_total_tokens: int
+    ) -> None:
         self.pool = pool
-        self.table = RequestTable(num_slots, pool.blocks_for(max_total_tokens))
+        self.demand = demand
+        self.table = RequestTable(num_slots, demand.spans(max_total_tokens), pool.kinds)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.by_id: dict[str, Sequence] = {}
@@ -59,6 +73,7 @@ class Roster:
         self.started: list[str] = []
         """Ids of requests that left the queue for the first time, until somebody takes note."""
         self._order = FairOrder()
+        self._deadlines = Deadlines()
         self._waiting_prompt_tokens = 0
         self._slots: Ints | None = None  # of `running`, until that changes
 
@@ -79,14 +94,15 @@ class Roster:
         """Take in a new request: it waits for its turn."""
         sequence = Sequence(request, self._order.turn(request), eos_token_ids)
         self.by_id[sequence.request_id] = sequence
+        self._deadlines.add(request)
         self._wait(sequence)
 
-    def admit(self, sequence: Sequence, hit_blocks: list[int]) -> None:
+    def admit(self, sequence: Sequence, hit: Hit) -> None:
         """Let a waiting request run. The pool must have the blocks that the hit does not cover."""
         first_time = sequence.num_cached_tokens is None
         self._stop_waiting(sequence)
-        self._order.admitted(sequence.turn)
-        sequence.admit(self.table, self.pool, hit_blocks)
+        self._order.admitted(sequence.request, sequence.turn)
+        sequence.admit(self.table, self.pool, self.demand, hit)
         if first_time:
             self.started.append(sequence.request_id)
             self.counts["prompt_tokens_cached"] += sequence.num_cached_tokens or 0
@@ -110,7 +126,8 @@ class Roster:
     ) -> Delta:
         """The only place where a request ends: forget it and free its blocks."""
         del self.by_id[sequence.request_id]
-        self._order.settle(sequence.request, sequence.num_tokens)
+        self._deadlines.forget(sequence.request)
+        self._order.settle(sequence.request, sequence.turn, sequence.num_tokens)
         if sequence.is_running:
             # What a faulty request computed must not be found by others.
             self._stop_running(sequence, publish=reason != "error")
@@ -122,6 +139,10 @@ class Roster:
             sequence.request_id, token_ids, reason, error, cached,
             num_preemptions=sequence.num_preemptions,
         )  # fmt: skip
+
+    def overdue(self, now_seconds: float) -> list[Sequence]:
+        """Requests in progress whose deadline has passed. Each is named once."""
+        return [self.by_id[name] for name in self._deadlines.passed(now_seconds)]
 
     def in_order(self) -> list[Sequence]:
         """Everything in progress."""
@@ -145,24 +166,23 @@ class Roster:
 
     def gauges(self) -> SchedulerGauges:
         """State as numbers, as of now."""
+        span_blocks = self.demand.span_blocks
+        total = self.pool.num_blocks // span_blocks
+        used = min(total, -(-self.pool.num_referenced // span_blocks))
+        found = accounting(self.pool, self.table, self.slots)
+        wasted = sum(kind.wasted for kind in found.kinds)
         return SchedulerGauges(
             running=len(self.running),
             waiting=len(self.waiting),
             waiting_prompt_tokens=self._waiting_prompt_tokens,
             oldest_arrival_seconds=self._oldest_arrival_seconds(),
-            blocks_total=self.pool.num_blocks,
-            blocks_used=self.pool.num_referenced,
-            blocks_cached=self.pool.num_idle,
-            tokens_wasted=self._tokens_wasted(),
+            blocks_total=total,
+            blocks_used=used,
+            blocks_cached=min(total - used, self.pool.num_idle // span_blocks),
+            tokens_wasted=wasted // (self.pool.token_bytes * span_blocks),
+            bytes_by_cause=found,
             counts=dict(self.counts),
         )
-
-    def _tokens_wasted(self) -> int:
-        # Blocks that requests share are full: only places at the end of a table are empty.
-        slots, table = self.slots, self.table
-        places = table.num_blocks[slots] * self.pool.block_size
-        # A token that was just sampled gets its place with the next plan.
-        return int(np.maximum(places - table.num_tokens[slots], 0).sum())
 
     def _oldest_arrival_seconds(self) -> float | None:
         """Arrival of the request that waits longest; `by_id` keeps the order of arrival."""
@@ -173,7 +193,7 @@ class Roster:
     def check_integrity(self) -> None:
         """Raise EngineError unless lists, table and pool agree."""
         table, slots = self.table, self.slots
-        self.pool.check_integrity([table.blocks_of(s.slot) for s in self.running])
+        self.pool.check_integrity([[k.held(s.slot) for s in self.running] for k in table.kinds])
         if sorted(self.by_id) != sorted(s.request_id for s in self.running + self.waiting):
             raise EngineError("a request is lost or queued twice")
         if slots.tolist() != [s.slot for s in self.running]:
@@ -193,9 +213,12 @@ class Roster:
             raise EngineError("the table's lengths are not those of the requests")
         if (table.num_computed[slots] > table.num_scheduled[slots]).any():
             raise EngineError("a request computed tokens that were never scheduled")
-        room = table.num_blocks[slots] * self.pool.block_size
-        if (table.num_scheduled[slots] > room).any():
-            raise EngineError("a request was scheduled beyond its blocks")
+        for kind, held in zip(self.pool.kinds, table.kinds, strict=True):
+            if (table.num_scheduled[slots] > held.num_spans[slots] * self.pool.block_size).any():
+                raise EngineError("a request was scheduled beyond its blocks")
+            seen = table.num_computed[slots] - kind.window + 1 if kind.window else 0 * slots
+            if (held.first_span[slots] * self.pool.block_size > np.maximum(seen, 0)).any():
+                raise EngineError(f"a request lacks blocks that its {kind.name} layers see")
 
 
 def _turn(sequence: Sequence) -> Turn:

@@ -1,5 +1,7 @@
 """The runner: the only part that knows the device. A plan goes in, tokens come out."""
 
+from collections.abc import Iterable
+
 import torch
 
 from tilefleet_worker.attention.base import AttentionBackend
@@ -30,7 +32,8 @@ class Runner:
             result = sample(logits, rows) if rows else StepResult({})
             for row in rows:
                 if row.request_id in result.faults:
-                    self._cache.scrub(row.block_ids)
+                    for block_ids in row.tables:
+                        self._cache.scrub(block_ids)
             return result
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
@@ -40,7 +43,8 @@ class Runner:
 
     def _logits(self, plan: StepPlan) -> torch.Tensor:
         batch = build_batch(plan, self._cache.block_size)
-        return self._model.forward(batch, self._attention.plan(batch.attention), self._cache)
+        steps = [self._attention.plan(part) for part in batch.attention]
+        return self._model.forward(batch, steps, self._cache)
 
     def batch_invariant(self) -> bool:
         """Measure whether a request has the same logits, bit by bit, alone and in a batch.
@@ -49,11 +53,13 @@ class Runner:
         it before any request: it writes to the first blocks of the cache.
         """
         length = self._cache.block_size
+        tables = self._cache.num_tables
         rows = [
-            _probe(0, (1,) * length, (block,)) for block in range(min(5, self._cache.num_blocks))
+            _probe(0, (1,) * length, range(row * tables, (row + 1) * tables))
+            for row in range(min(5, self._cache.num_blocks // tables))
         ]
         prompts = self.logits(StepPlan.of(rows))
-        decodes = [_probe(length - 1, (1,), row.block_ids) for row in rows]
+        decodes = [_probe(length - 1, (1,), [block for (block,) in row.tables]) for row in rows]
         together = self.logits(StepPlan.of(decodes))
         alone = self.logits(StepPlan.of([decodes[0]]))
         expected = prompts[:1].expand_as(prompts)
@@ -61,10 +67,14 @@ class Runner:
 
     def check(self) -> None:
         """Run one token in the spare block. Raises EngineError when that gives no token."""
-        row = _probe(0, (0,), (self._cache.spare_block_id,))
+        row = _probe(0, (0,), self._spare_tables)
         result = self.run(StepPlan.of([row]))
         if _CHECK_ID not in result.tokens:
             raise EngineError(f"The self-check failed: {result.faults.get(_CHECK_ID)}.")
+
+    @property
+    def _spare_tables(self) -> list[int]:
+        return [self._cache.spare_block_id] * self._cache.num_tables
 
     def warm_up(self, max_tokens: int) -> None:
         """Run a prompt of up to `max_tokens` tokens and one decode, in the spare block.
@@ -72,12 +82,15 @@ class Runner:
         First calls build oneDNN's kernels and fault in memory: better here than under a request.
         """
         length = min(max_tokens, self._cache.block_size)
-        row = _probe(0, (0,) * length, (self._cache.spare_block_id,))
+        row = _probe(0, (0,) * length, self._spare_tables)
         self.run(StepPlan.of([row]))
         self.check()
 
 
-def _probe(start: int, token_ids: tuple[int, ...], block_ids: tuple[int, ...]) -> StepRow:
-    """A greedy row of nobody's request."""
+def _probe(start: int, token_ids: tuple[int, ...], blocks: Iterable[int]) -> StepRow:
+    """A greedy row of nobody's request. blocks: the one of each table."""
     params = SamplingParams(max_tokens=1, temperature=0.0)
-    return StepRow(_CHECK_ID, start, token_ids, block_ids, True, params, seed=0)
+    first, *others = ((block,) for block in blocks)
+    return StepRow(
+        _CHECK_ID, start, token_ids, first, True, params, seed=0, more_tables=tuple(others)
+    )

@@ -11,8 +11,10 @@ first running request may take the blocks of all behind it, and turns never chan
 import numpy as np
 
 from tilefleet_worker.admission import Limits
-from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.block_pool import BlockPool, Hit
+from tilefleet_worker.drafts import Drafts
 from tilefleet_worker.errors import ConfigError
+from tilefleet_worker.layer_kinds import Demand
 from tilefleet_worker.request import Delta, FinishReason, Refusal, Request
 from tilefleet_worker.request_table import Ints
 from tilefleet_worker.results import Results
@@ -40,7 +42,9 @@ class Scheduler:
         *,
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
+        max_drafts: int = 0,
     ) -> None:
+        """max_drafts: most tokens that a step guesses for a request; 0 guesses none."""
         for name, value in (
             ("max_batch_tokens", max_batch_tokens),
             ("max_concurrent", max_concurrent),
@@ -54,12 +58,14 @@ class Scheduler:
         self.max_concurrent = max_concurrent
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
-        self.limits = Limits(pool, max_model_len, vocab_size)
+        self._demand = Demand(pool.kinds, pool.block_size, max_batch_tokens)
+        self.limits = Limits.of(self._demand, pool.num_blocks, max_model_len, vocab_size)
         # Every running request holds a block, so there are never more of them than blocks.
         num_slots = min(max_concurrent, pool.num_blocks)
-        self._roster = Roster(pool, num_slots, self.limits.max_total_tokens)
+        self._roster = Roster(pool, self._demand, num_slots, self.limits.max_total_tokens)
         self._table = self._roster.table
-        self._results = Results(self._roster, vocab_size)
+        self._drafts = Drafts(self._roster, max_drafts)
+        self._results = Results(self._roster, self._drafts, vocab_size)
         self._eos_token_ids = eos_token_ids
 
     @property
@@ -117,11 +123,18 @@ class Scheduler:
             budget -= self._take_chunks(chunks, slots[prompts], remaining[prompts], budget)
         if self._roster.waiting and not preempted:
             self._admit_waiting(chunks, budget, num_prompts)
-        if not chunks:
-            return self._plan(decodes, np.ones(len(decodes), np.int64))
         lengths = np.ones(len(decodes) + len(chunks), np.int64)
-        lengths[len(decodes) :] = list(chunks.values())
-        return self._plan(np.concatenate((decodes, np.array(list(chunks), np.int64))), lengths)
+        drafts = None
+        if self._drafts.most and len(decodes):
+            budget = self.max_batch_tokens - len(decodes) - sum(chunks.values())
+            drafts = self._drafts.propose(decodes, budget)
+        if chunks:
+            lengths[len(decodes) :] = list(chunks.values())
+            decodes = np.concatenate((decodes, np.array(list(chunks), np.int64)))
+        if drafts is not None:
+            drafts = np.pad(drafts, (0, len(chunks)))
+            lengths += drafts
+        return self._plan(decodes, lengths, drafts)
 
     def _remaining(self, slots: Ints) -> Ints:
         """Tokens of each slot that can be scheduled now."""
@@ -135,40 +148,52 @@ class Scheduler:
             remaining[held] = 0
         return remaining
 
-    def _plan(self, slots: Ints, lengths: Ints) -> StepPlan:
-        """Make the plan of these slots and note it in the table."""
+    def _plan(self, slots: Ints, lengths: Ints, drafts: Ints | None) -> StepPlan:
+        """Make the plan of these slots and note it in the table. lengths: with drafts."""
         table = self._table
         starts = table.num_scheduled[slots]
         ends = starts + lengths
         known = table.num_tokens[slots]
-        sample = ends == known + table.num_ahead[slots]
         table.num_scheduled[slots] = ends
+        if drafts is not None:
+            ends = ends - drafts
+        sample = ends == known + table.num_ahead[slots]
         table.num_ahead[slots] += sample
         owners, epochs = tuple(self._roster.owners(slots)), table.epoch[slots]
-        return StepPlan(table, owners, slots, epochs, starts, lengths, sample, ends > known)
+        return StepPlan(table, owners, slots, epochs, starts, lengths, sample, ends > known, drafts)
 
     def _grow_running(self) -> bool:
-        """Give every running request a block for its next token, in the order of turns.
+        """Give every running request blocks for its next tokens, in the order of turns.
 
         Where blocks run out, those whose turn is last lose theirs. Returns whether that happened:
         a step that preempts must not admit, or the two would undo each other.
         """
+        preempted = False
+        for index in range(len(self.pool.kinds)):
+            preempted |= self._grow_kind(index)
+        return preempted
+
+    def _grow_kind(self, index: int) -> bool:
         table, slots, running = self._table, self._roster.slots, self._roster.running
-        needed = -(-(table.num_tokens[slots] + table.num_ahead[slots]) // self.pool.block_size)
-        missing = needed - table.num_blocks[slots]
+        kind, held = self.pool.kinds[index], self._table.kinds[index]
+        wanted = table.num_tokens[slots] + table.num_ahead[slots]
+        if kind.window:
+            soon = table.num_scheduled[slots] + self.max_batch_tokens
+            wanted = np.minimum(wanted, soon)
+        missing = -(-wanted // self.pool.block_size) - held.num_spans[slots]
         short = np.flatnonzero(missing > 0)
         if not len(short):
             return False
-        if int(missing.max()) == 1 and len(short) <= self.pool.num_available:
-            table.append_block_each(slots[short], self.pool.allocate(len(short)))
+        if int(missing.max()) == 1 and len(short) * kind.width <= self.pool.num_available:
+            held.append_each(slots[short], self.pool.allocate(len(short), index))
             return False
         preempted = False
         for sequence, count in [(running[i], int(missing[i])) for i in short.tolist()]:
-            while sequence.is_running and self.pool.num_available < count:
+            while sequence.is_running and self.pool.num_available < count * kind.width:
                 self._roster.preempt(running[-1])
                 preempted = True
             if sequence.is_running:
-                table.extend_blocks(sequence.slot, self.pool.allocate(count))
+                held.extend(sequence.slot, self.pool.allocate(count, index))
         return preempted
 
     def _take_chunks(
@@ -212,10 +237,10 @@ class Scheduler:
         for sequence in self._roster.waiting[:ADMISSION_WINDOW]:
             if budget <= 0 or self.num_running >= self.max_concurrent:
                 break
-            hits = self.pool.match(hashes := sequence.prefix_hashes(self.pool))
-            if len(hits) < len(hashes) and hashes[len(hits)] in under_way:
+            hit = self.pool.match(hashes := sequence.prefix_hashes(self.pool))
+            if hit.num_spans < len(hashes) and hashes[hit.num_spans] in under_way:
                 continue
-            if self._try_admit(sequence, hits):
+            if self._try_admit(sequence, hit):
                 under_way.add(sequence.next_hash(self._table))
                 wanted = sequence.num_tokens - int(self._table.num_computed[sequence.slot])
                 shared = num_prompts > 0 or self._could_admit()
@@ -229,20 +254,20 @@ class Scheduler:
             if sequence.num_preemptions or sequence.num_overtaken >= MAX_OVERTAKEN:
                 break
 
-    def _try_admit(self, sequence: Sequence, hits: list[int]) -> bool:
+    def _try_admit(self, sequence: Sequence, hit: Hit) -> bool:
         """Admit a request if its tokens fit beside what running requests will still need.
 
-        hits: blocks that hold its longest known prefix.
+        hit: its longest known prefix.
         """
-        needed = self.pool.blocks_for(sequence.num_tokens) - len(hits)
-        available = self.pool.num_available - self.pool.num_idle_of(hits)
-        if needed + self._growth_reserve() > available:
+        spans = self._demand.admission(sequence.num_tokens, hit.num_spans)
+        available = self.pool.num_available - self.pool.num_idle_of(hit)
+        if self._demand.blocks(spans) + self._growth_reserve() > available:
             return False
-        self._roster.admit(sequence, hits)
+        self._roster.admit(sequence, hit)
         return True
 
     def _growth_reserve(self) -> int:
-        """Blocks kept for running requests: all that the first can need, one for each other.
+        """Blocks kept for running requests: all that the first can need, a span for each other.
 
         With the first covered it always finishes, so every queue drains; covering all of them
         would waste most of the pool on answers that end early.
@@ -250,8 +275,9 @@ class Scheduler:
         if not self._roster.running:
             return 0
         first = self._roster.running[0]
-        total = self.pool.blocks_for(first.request.max_total_tokens)
-        return total - int(self._table.num_blocks[first.slot]) + self.num_running - 1
+        held = self._demand.blocks([kind.num_held(first.slot) for kind in self._table.kinds])
+        most = self._demand.most_blocks(first.request.max_total_tokens)
+        return max(0, most - held) + self._demand.span_blocks * (self.num_running - 1)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take in what a step computed. Rows of requests that ended meanwhile are ignored.
@@ -275,6 +301,11 @@ class Scheduler:
         self._roster.counts["errors"] += 1
         return [Delta(request_id, (), "error", message)]
 
+    def expire(self, now_seconds: float) -> list[Delta]:
+        """End the requests whose deadline has passed; their blocks are free at once."""
+        overdue = self._roster.overdue(now_seconds)
+        return [self._roster.finish(s, "timeout", _timed_out(s)) for s in overdue]
+
     def end_all(self, reason: FinishReason, message: str | None) -> list[Delta]:
         """End everything in progress, in order."""
         return [self._roster.finish(s, reason, message) for s in self._roster.in_order()]
@@ -293,3 +324,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise EngineError unless lists, table and pool agree. Tests call it each step."""
         self._roster.check_integrity()
+
+
+def _timed_out(sequence: Sequence) -> str:
+    made = sequence.num_tokens - sequence.num_prompt_tokens
+    state = f"after {made} tokens" if sequence.is_running or made else "while it waited"
+    return f"The request's time was over {state}."

@@ -2,9 +2,11 @@
 
 from array import array
 
-from tilefleet_worker.block_pool import BlockPool, extend_chain
+from tilefleet_worker.block_pool import BlockPool, Hit
 from tilefleet_worker.fair_order import Turn
 from tilefleet_worker.history import TokenHistory
+from tilefleet_worker.layer_kinds import Demand
+from tilefleet_worker.prefix_chain import extend_chain
 from tilefleet_worker.request import Delta, Request, TokenLogprob
 from tilefleet_worker.request_table import RequestTable
 from tilefleet_worker.step import StepRow
@@ -34,6 +36,8 @@ class Sequence:
         self.end_token_ids = (*own_end_ids, *params.stop_token_ids)
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         """Scores of the prompt's tokens from the second on, as far as they are known."""
+        self.drafts: tuple[int, ...] = ()
+        """Guesses that the step under way computes behind its last token."""
         self._seed = request.sampling_seed()
         self._history = TokenHistory(request.prompt_token_ids) if params.looks_back else None
         self._hashes: list[bytes] = []
@@ -92,36 +96,51 @@ class Sequence:
             prompt_logprobs=self.prompt_logprobs if first else (),
         )
 
-    def admit(self, table: RequestTable, pool: BlockPool, hit_blocks: list[int]) -> None:
-        """Take a slot, the blocks of a hit and new ones for all other tokens."""
-        pool.acquire(hit_blocks)
-        new = pool.allocate(pool.blocks_for(self.num_tokens) - len(hit_blocks))
+    def admit(self, table: RequestTable, pool: BlockPool, demand: Demand, hit: Hit) -> None:
+        """Take a slot, the blocks of a hit and new ones for the tokens behind it."""
+        pool.acquire(hit)
         self.slot = table.take(self.request, self.num_tokens, self.end_token_ids)
-        table.extend_blocks(self.slot, (*hit_blocks, *new))
-        computed = len(hit_blocks) * pool.block_size
-        table.start_at(self.slot, computed, len(hit_blocks))
+        wanted = demand.admission(self.num_tokens, hit.num_spans)
+        for index, (kind, count) in enumerate(zip(table.kinds, wanted, strict=True)):
+            found = hit.block_ids[index]
+            kind.start(self.slot, hit.num_spans - len(found) // kind.width, pool.spare_block_id)
+            kind.extend(self.slot, found)
+            kind.extend(self.slot, pool.allocate(count, index))
+        computed = hit.num_spans * pool.block_size
+        table.start_at(self.slot, computed, hit.num_spans)
         table.last_token[self.slot] = self.token_ids[-1]
         if self.num_cached_tokens is None:
             self.num_cached_tokens = computed
         table.num_cached[self.slot] = self.num_cached_tokens
 
     def publish(self, table: RequestTable, pool: BlockPool) -> None:
-        """Make all blocks that are full of computed tokens findable."""
+        """Make all spans that are full of computed tokens, and still held, findable."""
         start = int(table.num_published[self.slot])
         end = int(table.num_computed[self.slot]) // pool.block_size
         if pool.prefix_caching and start < end:
             hashes = self.block_hashes(pool, end)
-            blocks = table.block_ids[self.slot, start:end].tolist()
-            pool.publish(blocks, hashes[start:end])
+            for index, kind in enumerate(table.kinds):
+                first = max(start, int(kind.first_span[self.slot]))
+                blocks = kind.block_ids[self.slot, first * kind.width : end * kind.width]
+                pool.publish(blocks.tolist(), hashes[first:end], index)
             table.num_published[self.slot] = end
+
+    def drop_unseen(self, table: RequestTable, pool: BlockPool) -> None:
+        """Give back the spans that left their window. Those published stay cached prefixes."""
+        computed = int(table.num_computed[self.slot])
+        for index, (kind, held) in enumerate(zip(pool.kinds, table.kinds, strict=True)):
+            first = kind.first_span(computed, pool.block_size)
+            if first > held.first_span[self.slot]:
+                pool.release(held.drop_first(self.slot, first, pool.spare_block_id), index)
 
     def release(self, table: RequestTable, pool: BlockPool) -> None:
         """Give slot and blocks back. Idempotent. The tokens stay, so that work can start again."""
         if self.slot == NO_SLOT:
             return
-        pool.release(table.blocks_of(self.slot))
+        for index, kind in enumerate(table.kinds):
+            pool.release(kind.held(self.slot), index)
         table.give_back(self.slot)
-        self.slot = NO_SLOT
+        self.slot, self.drafts = NO_SLOT, ()
 
     def block_hashes(self, pool: BlockPool, num_blocks: int) -> list[bytes]:
         """Hashes of at least the first `num_blocks` blocks, whose tokens must be known."""
@@ -133,16 +152,21 @@ class Sequence:
             self._hashes += extend_chain(parent, tokens, size)
         return self._hashes
 
-    def row(self, start: int, length: int, block_ids: tuple[int, ...], sample: bool) -> StepRow:
+    def row(
+        self, start: int, length: int, tables: tuple[tuple[int, ...], ...], sample: bool
+    ) -> StepRow:
         """`length` tokens from `start` on as a row. Tokens that have no name yet are given as 0."""
         params, end = self.request.params, start + length
         known = tuple(self.token_ids[start:end])
+        unknown = length - len(known)
         early = end - self.num_prompt_tokens < params.min_tokens
         return StepRow(
             request_id=self.request_id,
             start=start,
-            token_ids=known + (0,) * (length - len(known)),
-            block_ids=block_ids,
+            token_ids=known + (self.drafts or (0,) * unknown),
+            block_ids=tables[0],
+            more_tables=tables[1:],
+            drafts=self.drafts,
             sample=sample,
             params=params,
             seed=self._seed,

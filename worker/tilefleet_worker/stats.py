@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tilefleet_worker.accounting import EMPTY_POOL, PoolBytes
 from tilefleet_worker.step import StepPlan
 
 
@@ -23,9 +24,10 @@ class StepSample:
     @classmethod
     def of(cls, plan: StepPlan, seconds: float) -> "StepSample":
         """Describe a plan that took `seconds`."""
+        lengths = plan.ends - plan.starts  # drafts belong to decodes
         return cls(
             seconds=seconds,
-            prefill_tokens=int(plan.lengths[plan.lengths > 1].sum()),
+            prefill_tokens=int(lengths[lengths > 1].sum()),
             sequences=len(plan),
             kv_tokens=int(plan.ends.sum()),
         )
@@ -115,6 +117,8 @@ class EngineStats:
     steps: tuple[StepSample, ...]
     histograms: Mapping[str, HistogramCounts] = field(default_factory=lambda: NO_STEPS)
     """Of all steps: step_tokens and step_seconds. In the metrics, not in `/stats`."""
+    kv: PoolBytes = EMPTY_POOL
+    """Bytes of the KV pool by layer kind and cause, as of the last step."""
 
     def as_dict(self) -> dict[str, Any]:
         """The `counters`, `gauges` and `steps` of `/stats`, ready for JSON."""

@@ -1,7 +1,7 @@
 """The value that the scheduler hands to the runner, and the one it gets back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import compress
 from typing import Protocol
@@ -21,7 +21,8 @@ class StepRow:
     start: int
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
-    """Blocks of the whole request, in order: position p lives in block_ids[p // block_size]."""
+    """Blocks of the whole request in the first table: position p is in
+    block_ids[p // block_size]."""
     sample: bool
     """True when these tokens reach the end of the request, so that a next token is wanted."""
     params: SamplingParams
@@ -34,6 +35,11 @@ class StepRow:
     """The grammar that the next token must follow, in the state before it."""
     targets: tuple[int, ...] = ()
     """Tokens that follow `token_ids[0]`, `[1]`, … in the prompt and whose logprobs are wanted."""
+    drafts: tuple[int, ...] = ()
+    """The last of `token_ids`: guesses that a step checks. Logits are wanted at each of them."""
+    more_tables: tuple[tuple[int, ...], ...] = ()
+    """Blocks in the tables of further groups of layers; the spare block where they left a window.
+    """
 
     @property
     def length(self) -> int:
@@ -41,14 +47,24 @@ class StepRow:
         return len(self.token_ids)
 
     @property
+    def tables(self) -> tuple[tuple[int, ...], ...]:
+        """One table of blocks for each group of layers."""
+        return (self.block_ids, *self.more_tables)
+
+    @property
     def end(self) -> int:
-        """Tokens of the request that are computed after this step, and position of the next."""
-        return self.start + len(self.token_ids)
+        """Tokens of the request that are computed after this step, and position of the next.
+
+        Drafts do not count: the position of the next token is that of the first of them.
+        """
+        return self.start + len(self.token_ids) - len(self.drafts)
 
     @property
     def num_logits(self) -> int:
-        """Tokens of this row whose logits are wanted: those before targets, and the last one."""
-        return len(self.targets) + self.sample
+        """Tokens of this row whose logits are wanted: those before targets, the last one, and
+        all drafts.
+        """
+        return len(self.targets) + self.sample + len(self.drafts)
 
 
 class RowOwner(Protocol):
@@ -59,8 +75,10 @@ class RowOwner(Protocol):
         """Id of the request."""
         ...
 
-    def row(self, start: int, length: int, block_ids: tuple[int, ...], sample: bool) -> StepRow:
-        """The row of these tokens."""
+    def row(
+        self, start: int, length: int, tables: tuple[tuple[int, ...], ...], sample: bool
+    ) -> StepRow:
+        """The row of these tokens. tables: the request's blocks, see RequestTable.tables_of."""
         ...
 
 
@@ -71,7 +89,8 @@ class StepPlan:
     starts, lengths: tokens `start … start + length` of the request in `slots`. sample: these reach
     the request's end, so that a next token is wanted. pending: the last of them is the token that
     the step before samples for the same slot, and that no commit has named yet. epochs: whose slot
-    it was. `table` and `owners` are the scheduler's own: read them before the next commit.
+    it was. num_drafts: how many of the tokens are guesses; None: none of any row. `table` and
+    `owners` are the scheduler's own: read them before the next commit.
     """
 
     table: RequestTable
@@ -82,6 +101,7 @@ class StepPlan:
     lengths: Ints
     sample: Bools
     pending: Bools
+    num_drafts: Ints | None = None
 
     @classmethod
     def of(cls, rows: Sequence[StepRow]) -> "StepPlan":
@@ -97,6 +117,7 @@ class StepPlan:
             lengths=np.array([row.length for row in rows], np.int64),
             sample=np.array([row.sample for row in rows], np.bool_),
             pending=np.zeros(len(rows), np.bool_),
+            num_drafts=np.array([len(row.drafts) for row in rows], np.int64),
         )
 
     def __len__(self) -> int:
@@ -104,7 +125,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed by the step."""
+        """Tokens computed by the step, drafts among them."""
         return int(self.lengths.sum())
 
     @property
@@ -114,8 +135,9 @@ class StepPlan:
 
     @property
     def ends(self) -> Ints:
-        """Tokens of each request that are computed after this step."""
-        return self.starts + self.lengths
+        """Tokens of each request that are computed after this step, without drafts."""
+        ends = self.starts + self.lengths
+        return ends if self.num_drafts is None else ends - self.num_drafts
 
     def select(self, keep: Bools) -> "StepPlan":
         """The rows for which `keep` is true."""
@@ -128,6 +150,7 @@ class StepPlan:
             self.lengths[keep],
             self.sample[keep],
             self.pending[keep],
+            None if self.num_drafts is None else self.num_drafts[keep],
         )
 
     def alone(self, index: int) -> "StepPlan":
@@ -151,7 +174,7 @@ class StepPlan:
             strict=True,
         )
         return tuple(
-            owner.row(start, length, self.table.blocks_of(slot), sample)
+            owner.row(start, length, self.table.tables_of(slot), sample)
             for owner, start, length, slot, sample in parts
         )
 
@@ -166,8 +189,10 @@ class _Given:
     def request_id(self) -> str:
         return self.given.request_id
 
-    def row(self, start: int, length: int, block_ids: tuple[int, ...], sample: bool) -> StepRow:
-        del start, length, block_ids, sample
+    def row(
+        self, start: int, length: int, tables: tuple[tuple[int, ...], ...], sample: bool
+    ) -> StepRow:
+        del start, length, tables, sample
         return self.given
 
 
@@ -175,7 +200,7 @@ def _enter(table: RequestTable, row: StepRow) -> int:
     request = Request(row.request_id, row.token_ids, row.params, arrival_seconds=0.0)
     slot = table.take(request, row.end, row.banned_token_ids)
     table.start_at(slot, row.start, 0)
-    table.extend_blocks(slot, row.block_ids)
+    table.kinds[0].extend(slot, row.block_ids)
     table.last_token[slot] = row.token_ids[-1] if row.token_ids else 0
     table.seed[slot] = row.seed
     plain = row.params.plain and not row.banned_token_ids
@@ -194,3 +219,15 @@ class StepResult:
     """Of the token in `tokens`, for rows that ask for it."""
     prompt_logprobs: Mapping[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
     """One for each target of a row that has any."""
+    accepted: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Tokens behind the one in `tokens`, of rows with drafts: one for each that came true."""
+
+    @classmethod
+    def joined(cls, parts: Sequence["StepResult"]) -> "StepResult":
+        """One result of steps that were run one by one."""
+        names = [name.name for name in fields(cls)]
+        found = {
+            name: {key: value for part in parts for key, value in getattr(part, name).items()}
+            for name in names
+        }
+        return cls(**found)

@@ -38,7 +38,12 @@ class Builder:
         time.sleep(self._load_seconds)
         config = options.resolve(model_max_len=MODEL_LENGTH)
         num_blocks = config.kv_cache_bytes // BLOCK_BYTES - 1
-        pool = BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        pool = BlockPool(
+            num_blocks,
+            config.block_size,
+            token_bytes=BLOCK_BYTES // config.block_size,
+            prefix_caching=config.prefix_caching,
+        )
         scheduler = Scheduler(
             pool,
             config.max_batch_tokens,
@@ -53,7 +58,7 @@ class Builder:
             config.block_size,
             eos_token_ids=(256,),
             device={"kind": "cpu", "name": "fake", "arch": "none", "memory_bytes": 0},
-            config={"kv_block_bytes": BLOCK_BYTES, "kv_spare_bytes": BLOCK_BYTES},
+            config={"kv_block_bytes": BLOCK_BYTES},
         )
         hooks["on_phase"]("weights", self._load_seconds)
         runner = FakeRunner(256, self._step_seconds, fault_token_id=POISON)

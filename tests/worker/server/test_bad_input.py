@@ -76,6 +76,7 @@ def error_of(reply):
         ({"allowed_token_ids": [-1]}, "invalid_value", "allowed_token_ids[0]"),
         ({"prompt_logprobs": 21}, "invalid_value", "prompt_logprobs"),
         ({"prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
+        ({"timeout_seconds": 0}, "invalid_value", "timeout_seconds"),
         ({"cache_salt": "a b"}, "invalid_value", "cache_salt"),
         ({"cache_salt": "a" * 129}, "invalid_value", "cache_salt"),
         ({"priority": 1001}, "invalid_value", "priority"),
@@ -272,5 +273,5 @@ def test_worker_is_whole_after_all_this(worker):
     assert httpx.get(worker.admin + "/livez").status_code == 200
     kv = httpx.get(worker.admin + "/kv").json()
     assert kv["used"] == 0
-    assert kv["used"] + kv["cached"] + kv["free"] == kv["total"] == 256 * 4096
+    assert kv["cached"] + kv["free"] + kv["spare"] == kv["total"] == 256 * 4096
     assert "Traceback" not in worker.log.replace("broke its step\nTraceback", "")

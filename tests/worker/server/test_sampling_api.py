@@ -53,6 +53,15 @@ def test_echo_without_an_answer_scores_only_the_prompt(real):
     assert body["usage"]["completion_tokens"] == 0
 
 
+def test_a_client_says_how_long_it_waits(real):
+    body = TEXT | {"max_tokens": 200, "ignore_eos": True, "timeout_seconds": 0.001}
+    reply = httpx.post(real.api + "/v1/completions", json=body, timeout=60)
+    assert (reply.status_code, reply.headers["x-should-retry"]) == (408, "false")
+    error = reply.json()["error"]
+    assert (error["code"], error["type"]) == ("deadline_exceeded", "timeout_error")
+    assert len(complete(real, timeout_seconds=600)["choices"]) == 1
+
+
 def test_greedy_logprobs_are_the_highest_and_equal_in_a_stream(real):
     whole = complete(real, logprobs=3)["choices"][0]["logprobs"]
     assert len(whole["tokens"]) == 8

@@ -1,5 +1,6 @@
 """Models: one decoder, described by its config and its family."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,8 +18,13 @@ from tilefleet_worker.weights import Weights
 class Model(Protocol):
     """A decoder that keeps its keys and values in a KVCache."""
 
-    def forward(self, batch: Batch, attention: AttentionStep, cache: KVCache) -> torch.Tensor:
-        """Logits fp32 [logits, vocabulary] of the tokens that the batch wants them of."""
+    def forward(
+        self, batch: Batch, attention: Sequence[AttentionStep], cache: KVCache
+    ) -> torch.Tensor:
+        """Logits fp32 [logits, vocabulary] of the tokens that the batch wants them of.
+
+        attention: one step for each group of layers of the cache's layout.
+        """
         ...
 
 

@@ -3,6 +3,7 @@
 What differs between families is data: ModelConfig, and which tensors are there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,14 +59,17 @@ class Decoder:
         self._rotaries = rotaries
         self._head_norm = RMSNorm(config.rms_norm_eps)
 
-    def forward(self, batch: Batch, attention: AttentionStep, cache: KVCache) -> torch.Tensor:
+    def forward(
+        self, batch: Batch, attention: Sequence[AttentionStep], cache: KVCache
+    ) -> torch.Tensor:
         """See Model.forward."""
         x = functional.embedding(batch.token_ids, self._ends.embedding)  # [tokens, hidden]
         if self._ends.embedding_scale != 1.0:
             x = x * self._ends.embedding_scale
         rotations = [rotary.at(batch.positions) for rotary in self._rotaries]
         for index, layer in enumerate(self._layers):
-            x += self._attend(layer, x, rotations[layer.rope], attention, cache.layer(index))
+            step = attention[cache.layout.tables[index]]
+            x += self._attend(layer, x, rotations[layer.rope], step, cache.layer(index))
             x += self._feed(layer, x)
         logits = self._ends.head(self._ends.norm(x[batch.last_tokens])).float()
         return self._capped(logits)

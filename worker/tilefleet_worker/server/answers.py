@@ -13,7 +13,7 @@ from tilefleet_worker.engine import Engine
 from tilefleet_worker.request import Delta, Request
 from tilefleet_worker.server.answer import Answer, Piece
 from tilefleet_worker.server.metrics import Metrics
-from tilefleet_worker.server.replies import ApiError, draining, internal_error, not_ready
+from tilefleet_worker.server.replies import ApiError, draining, internal_error, not_ready, timed_out
 
 
 class Job:
@@ -82,6 +82,8 @@ class Job:
             return None
 
     def _take(self, answer: Answer, delta: Delta) -> Piece:
+        if delta.finish_reason == "timeout":
+            raise self._fail(timed_out(delta.error or ""))
         if delta.finish_reason in ("error", "abort"):
             raise self._fail(internal_error())
         metrics = self._desk.metrics

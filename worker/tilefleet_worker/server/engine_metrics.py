@@ -22,6 +22,12 @@ CACHE_CONFIG = (
     "vllm:cache_config_info",
     "Facts of the KV cache, always 1; once the model is loaded.",
 )
+_SHARED_COUNTERS = (
+    ("num_preemptions", "preemptions", "Times that requests lost their KV blocks to older ones."),
+    ("spec_decode_num_drafts", "drafts", "Times that tokens of a request were guessed."),
+    ("spec_decode_num_draft_tokens", "draft_tokens", "Tokens guessed."),
+    ("spec_decode_num_accepted_tokens", "accepted_tokens", "Guessed tokens that were right."),
+)
 _NAMES = ["model_name", "engine"]
 
 
@@ -89,11 +95,8 @@ class EngineCollector(Collector):
             "sleep_state",
             {"awake": 1, "weights_offloaded": 0, "discard_all": 0},
         )
-        yield self._counter(
-            "vllm:num_preemptions",
-            "Times that requests lost their KV blocks to older ones.",
-            stats.counters["preemptions"],
-        )
+        for name, counter, text in _SHARED_COUNTERS:
+            yield self._counter(f"vllm:{name}", text, stats.counters[counter])
         # A histogram in spite of its name, which is vLLM's.
         yield self._histogram(
             "vllm:iteration_tokens_total",

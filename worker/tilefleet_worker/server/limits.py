@@ -20,6 +20,7 @@ MAX_ANSWERS = 512  # of all prompts of one request together
 MAX_BAD_WORDS = 128
 MAX_BIASED_TOKENS = 300
 MAX_TOOLS = 128
+MAX_TIMEOUT_SECONDS = 86_400.0
 
 
 class Limits:

@@ -18,6 +18,7 @@ from tilefleet_worker.server.limits import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
+    MAX_TIMEOUT_SECONDS,
     MAX_TOOLS,
 )
 from tilefleet_worker.server.messages import Message, NamedTool, Tool
@@ -84,6 +85,7 @@ class Sampling(Structured):
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = Field(default=None, ge=1)
     priority: int = Field(default=0, ge=-1000, le=1000)
+    timeout_seconds: float | None = Field(default=None, gt=0.0, le=MAX_TIMEOUT_SECONDS)
     cache_salt: str = Field(default="", max_length=128, pattern=r"^[A-Za-z0-9._-]*$")
     ignore_eos: bool = False
     min_tokens: int = Field(default=0, ge=0)

@@ -13,6 +13,7 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "overloaded_error",
@@ -64,6 +65,11 @@ def internal_error() -> ApiError:
     )
 
 
+def timed_out(message: str) -> ApiError:
+    """408 for an answer that was not ready at the client's own deadline; not to be retried."""
+    return ApiError(408, "deadline_exceeded", message, "timeout_seconds")
+
+
 def draining(retry_after_seconds: int = 1) -> ApiError:
     """503 for a worker that is shutting down."""
     message = "This worker is shutting down: send the request again, to another replica."
@@ -93,7 +99,7 @@ def error_response(error: RequestError) -> JSONResponse:
     retry_after = getattr(error, "retry_after_seconds", None)
     if error.status in (429, 503):
         headers["Retry-After"] = str(min(_MAX_RETRY_AFTER_SECONDS, max(1, retry_after or 1)))
-    if error.status == 500:
+    if error.status in (408, 500):
         headers["x-should-retry"] = "false"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -28,10 +28,14 @@ COUNTERS = (
     "generated_tokens",
     "completions",
     "aborts",
+    "timeouts",
     "errors",
     "steps",
     "busy_seconds",
     "preemptions",
+    "drafts",
+    "draft_tokens",
+    "accepted_tokens",
 )
 GAUGES = (
     "running",
@@ -155,33 +159,20 @@ class WorkerState:
             "config": dataclasses.asdict(config) | ({} if info is None else dict(info.config)),
         }
 
-    def kv(self) -> dict[str, int]:
+    def kv(self) -> dict[str, Any]:
         """The body of /kv: bytes of the pool by cause; those of KV_CAUSES sum to `total`.
 
-        used: hold tokens of running requests. wasted: in the last blocks of those, without a token
-        yet. cached: of nobody, but can be hit again. free: hold nothing. spare: one block that no
-        request gets, for rows that only fill a batch up.
+        used: computed tokens of running requests that are still read, and places of those that are
+        next. wasted: places behind them, or that left a window. cached: of nobody, but can be hit
+        again. free: hold nothing. spare: one block that no request gets, for rows that only fill a
+        batch up. kinds: the same for each kind of layers, with used as live and reserved.
         """
-        gauges = self.engine_stats().gauges
-        total, used, cached = (
-            int(gauges[f"kv_blocks_{kind}"]) for kind in ("total", "used", "cached")
-        )
-        block, spare = self._block_bytes(total)
-        wasted = int(gauges["kv_tokens_wasted"]) * block // max(1, self.resolved.block_size)
+        found = self.engine_stats().kv
+        causes = found.by_cause()
         return {
-            "block_bytes": block,
-            "total": total * block + spare,
-            "used": used * block - wasted,
-            "wasted": wasted,
-            "cached": cached * block,
-            "free": (total - used - cached) * block,
-            "spare": spare,
+            "block_bytes": found.spare,
+            "total": found.total,
+            "used": causes["live"] + causes["reserved"],
+            **{cause: causes[cause] for cause in KV_CAUSES if cause != "used"},
+            "kinds": [dataclasses.asdict(kind) for kind in found.kinds],
         }
-
-    def _block_bytes(self, num_blocks: int) -> tuple[int, int]:
-        """Bytes of one block, and of the spare one: as the engine says, else the pool's share."""
-        if self.service is None or num_blocks == 0:
-            return 0, 0
-        told = self.service.engine.info.config
-        block = told.get("kv_block_bytes") or self.service.config.kv_cache_memory // num_blocks
-        return int(block), int(told.get("kv_spare_bytes", 0))

@@ -129,6 +129,7 @@ def answers(
     params = sampling_params(service, body, asked.default_max_tokens)
     num_each = getattr(body, "best_of", None) or body.n
     now, salt = time.monotonic(), caller.salt(body.cache_salt)
+    deadline = None if body.timeout_seconds is None else now + body.timeout_seconds
     detokenizer = partial(
         service.tokenizer.detokenizer, skip_special_tokens=asked.skip_special_tokens
     )
@@ -147,6 +148,7 @@ def answers(
                 salt,
                 tenant=caller.key_id,
                 priority=body.priority,
+                deadline_seconds=deadline,
                 constraint=constraint,
             )
             first = sibling == 0
