@@ -171,7 +171,7 @@ def test_drawn_tokens_do_not_depend_on_speculation(folder: Path) -> None:
     plain = generate(folder, some, Run(params=params))
     guessed = generate(folder, some, Run(params=params, drafts=4))
     assert guessed.tokens == plain.tokens
-    assert 10 < guessed.counts["accepted_tokens"] < guessed.counts["draft_tokens"]
+    assert 0 < guessed.counts["accepted_tokens"] < guessed.counts["draft_tokens"]
     assert guessed.differing(plain.logits) == []
 
 
