@@ -90,7 +90,7 @@ async def shared(bench: Bench, cases: Sequence[tuple[str, int]], tag: str) -> No
 
 def _judge_exits(bench: Bench, operator: Supervisor) -> None:
     """No fault of a request may end the process; a Lease lost on a slow machine may."""
-    ends = [line for line in operator.log.read_text().splitlines() if " CRITICAL " in line]
+    ends = [line for line in operator.said().splitlines() if " CRITICAL " in line]
     lost = [line for line in ends if "has not renewed its Lease" in line]
     if len(ends) > len(lost) or len(operator.exits) > len(lost):
         problem = Problem("process", f"the operator ended {operator.exits}: {ends}")

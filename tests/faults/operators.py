@@ -121,6 +121,7 @@ class Supervisor:
         self.namespaces, self.user = tuple(namespaces), user
         self.name = f"{self.namespaces[0]}-{user}-{next(_NUMBERS)}"
         self.log = logs / f"{self.name}.log"
+        self._log_begins = self.log.stat().st_size if self.log.exists() else 0
         self.clock: Clock | None = None
         self.exits: list[int] = []
         self.candidate: Candidate | None = None
@@ -142,6 +143,12 @@ class Supervisor:
             if self.candidate is not None:
                 self.candidate.send(signal.SIGKILL)
             await runner.cleanup()
+
+    def said(self) -> str:
+        """What the processes logged; a file of a sweep that was stopped may hold more."""
+        with self.log.open() as opened:
+            opened.seek(self._log_begins)
+            return opened.read()
 
     def _now(self) -> Candidate:
         assert self.candidate is not None

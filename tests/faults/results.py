@@ -127,7 +127,8 @@ class Results:
         """fault × stage: passed/total of the cases in which the fault came."""
         columns = ("all", *STAGES, "not reached")
         lines = [f"{'fault':20}" + "".join(f"{name:>12}" for name in columns)]
-        rows = {fault: [one for one in self.verdicts if one.fault == fault] for fault in faults}
+        names = [*faults, *sorted({one.fault for one in self.verdicts} - set(faults))]
+        rows = {name: [one for one in self.verdicts if one.fault == name] for name in names}
         for fault, row in [*rows.items(), ("all", self.verdicts)]:
             reached = [one for one in row if one.stage]
             cells = [_passed(reached)]
