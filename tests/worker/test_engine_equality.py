@@ -158,7 +158,7 @@ def test_bits_do_not_depend_on_company_chunks_preemption_or_hits(folder: Path, c
     if "cache" in case:
         assert made.counts["prompt_tokens_cached"] > 300
     if "speculative" in case:
-        assert made.counts["accepted_tokens"] > 100
+        assert made.counts["accepted_tokens"] > 20
     assert made.largest_batch >= 3
     assert made.differing(expected.logits) == []
 
