@@ -413,6 +413,19 @@ def test_end_tokens_stop_and_min_tokens_bans_them() -> None:
     assert first not in banned
 
 
+def test_the_same_end_token_ends_each_request_that_names_it() -> None:
+    """Also after one of them has left the table, and none that does not name it."""
+    stop = expected([5], 4)[1]
+    scheduler = make()
+    for name, own in (("a", (stop,)), ("b", (stop, stop)), ("free", ())):
+        scheduler.add(ask(name, [5], max_tokens=4, stop_token_ids=own))
+    tokens = finish(scheduler)
+    assert [len(tokens[name]) for name in ("a", "b", "free")] == [2, 2, 4]
+    scheduler.add(ask("c", [5], max_tokens=4, stop_token_ids=(stop,)))
+    assert len(finish(scheduler)["c"]) == 2
+    assert not scheduler._table._num_ending
+
+
 def finish_with(
     eos: tuple[int, ...] = (), max_tokens: int = 3, **kwargs: object
 ) -> dict[str, list[int]]:

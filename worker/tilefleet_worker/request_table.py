@@ -5,6 +5,7 @@ at 256 of them a Python object each costs 13 µs a request and step, and numpy l
 Knows no tensor, no pool and no policy.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -113,6 +114,8 @@ class RequestTable:
         self.seed = np.zeros(num_slots, np.uint64)
         self.plain = np.zeros(num_slots, np.bool_)
         """True: the next token depends on logits, temperature, top-k, top-p, seed and position."""
+        # How many rows of end_token_ids name each token.
+        self._num_ending: Counter[int] = Counter()
         self._free = list(range(num_slots - 1, -1, -1))
         self._next_epoch = 0
 
@@ -145,6 +148,7 @@ class RequestTable:
         self._widen(len(end_token_ids))
         self.end_token_ids[slot] = NO_TOKEN
         self.end_token_ids[slot, : len(end_token_ids)] = end_token_ids
+        self._num_ending.update(end_token_ids)
         self.temperature[slot] = params.temperature
         self.top_p[slot] = params.top_p
         self.top_k[slot] = params.top_k
@@ -164,6 +168,14 @@ class RequestTable:
         self.num_computed[slot] = self.num_scheduled[slot] = num_computed
         self.num_published[slot] = num_published
 
+    def ending(self, slots: Ints, token_ids: list[int]) -> Bools:
+        """True for each of these slots that an end token among these, one a slot, ends."""
+        if self._num_ending.keys().isdisjoint(token_ids):  # nearly always, and a tenth of the time
+            return np.zeros(len(slots), np.bool_)
+        ends: Bools = (self.end_token_ids[slots] == np.array(token_ids)[:, None]).any(axis=1)
+        ends &= self.num_tokens[slots] > self.end_from[slots]
+        return ends
+
     def tables_of(self, slot: int) -> tuple[tuple[int, ...], ...]:
         """Block tables of a request, one for each group of layers, in the order of kinds."""
         if len(self.kinds) == 1 and self.kinds[0].width == 1:
@@ -173,6 +185,11 @@ class RequestTable:
     def give_back(self, slot: int) -> None:
         """Free a slot. What steps under way still say about it is recognised by its epoch."""
         self.epoch[slot] = FREE
+        for token_id in self.end_token_ids[slot].tolist():
+            if token_id != NO_TOKEN:
+                self._num_ending[token_id] -= 1
+                if not self._num_ending[token_id]:
+                    del self._num_ending[token_id]
         for kind in self.kinds:
             kind.num_spans[slot] = kind.first_span[slot] = 0
         self._free.append(slot)

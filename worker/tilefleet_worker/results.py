@@ -4,6 +4,8 @@ Whole arrays at a time: only requests that end, or that ask for more than a toke
 Knows no budget and no queue.
 """
 
+from array import array
+from collections import deque
 from collections.abc import Mapping
 from itertools import repeat
 
@@ -90,7 +92,7 @@ class Results:
     def _take_tokens(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Append a token to each of these requests, all of which want one."""
         tokens = result.tokens
-        values = np.array([tokens.get(request_id, -1) for request_id in plan.request_ids], np.int64)
+        values = np.fromiter(map(tokens.get, plan.request_ids, repeat(-1)), np.int64, len(plan))
         self._table.num_ahead[plan.slots] -= 1
         valid = (values >= 0) & (values < self.vocab_size)
         special = valid & ~self._table.plain[plan.slots]
@@ -121,8 +123,8 @@ class Results:
         table, slots, token_ids = self._table, plan.slots, values.tolist()
         plain = bool(table.plain[slots].all())
         owners = list(self._roster.owners(slots))
-        for sequence, token_id in zip(owners, token_ids, strict=True):
-            sequence.token_ids.append(token_id)
+        arrays = [sequence.token_ids for sequence in owners]
+        deque(map(array.append, arrays, token_ids), maxlen=0)  # in C: half the time of a loop
         lengths = table.num_tokens[slots] + 1
         table.num_tokens[slots] = lengths
         table.last_token[slots] = values
@@ -136,8 +138,7 @@ class Results:
         )  # fmt: skip
         # Delta(*fields) runs Python for each; this builds the same tuples in half the time.
         deltas: list[Delta] = list(map(tuple.__new__, repeat(Delta), fields))
-        stops = (table.end_token_ids[slots] == values[:, None]).any(axis=1)
-        stops &= lengths > table.end_from[slots]
+        stops = table.ending(slots, token_ids)
         for index in np.flatnonzero(stops | (lengths >= table.limit[slots])).tolist():
             sequence = owners[index]
             reason: FinishReason = "stop" if stops[index] else "length"
