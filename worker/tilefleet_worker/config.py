@@ -192,8 +192,9 @@ class ServeConfig:
     )  # fmt: skip
     api_key_file: str = _option(
         "", "--api-key-file", "PATH", _text,
-        "file with one API key a line (`KEY` or `ID KEY`), re-read when it changes; without the "
-        "flag the API is open",
+        "file with one API key a line (`KEY` or `ID KEY [OPTION...]`; options: max_inflight=N, "
+        "tokens_per_minute=N, priority=N, salt=NAME), re-read when it changes; without the flag "
+        "the API is open",
     )  # fmt: skip
     metrics_on_api_port: bool = _option(
         False, "--metrics-on-api-port", "", _text,

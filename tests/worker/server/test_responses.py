@@ -88,6 +88,8 @@ def test_calls_are_made_streamed_and_answered(client):
         ({"tools": [{"type": "web_search"}]}, "tools[0].name"),
         ({"input": [{"type": "image"}]}, "input[0]"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
+        ({"tools": [TOOL] * 129}, "tools"),
     ],
 )
 def test_what_is_not_served_is_named(client, change, param):

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.request import Delta, Request
 from tilefleet_worker.server.answer import Answer, Piece
+from tilefleet_worker.server.budget import Budget
 from tilefleet_worker.server.metrics import Metrics
 from tilefleet_worker.server.replies import ApiError, draining, internal_error, not_ready, timed_out
 
@@ -19,7 +20,12 @@ from tilefleet_worker.server.replies import ApiError, draining, internal_error, 
 class Job:
     """The answers of one HTTP request: `submit` once, read `pieces`, and always `close`."""
 
-    def __init__(self, desk: AnswerDesk, answers: Sequence[Answer]) -> None:
+    def __init__(
+        self, desk: AnswerDesk, answers: Sequence[Answer], budget: Budget | None = None
+    ) -> None:
+        """budget: of the key that asks; used from `submit` to `close`."""
+        self._budget = budget
+        self._holds_budget = False
         self.answers = tuple(answers)
         self._desk = desk
         self._by_id = {answer.request.request_id: answer for answer in answers}
@@ -28,7 +34,13 @@ class Job:
         self._failure: ApiError | None = None
 
     def submit(self) -> None:
-        """Hand all answers to the engine. Raises ApiError when it refuses one; none then stays."""
+        """Hand all answers to the engine. Raises ApiError when it refuses one; none then stays.
+
+        Raises it too when the key's budget is used up.
+        """
+        if self._budget is not None:
+            self._budget.take(len(self.answers), self._num_prompt_tokens())
+            self._holds_budget = True
         try:
             for answer in self.answers:
                 self._desk.submit(answer.request, self._queue)
@@ -49,6 +61,9 @@ class Job:
         for answer in self._submitted:
             self._desk.release(answer.request.request_id)
         self._submitted = []
+        if self._budget is not None and self._holds_budget:
+            self._holds_budget = False
+            self._budget.settle(len(self.answers), sum(a.num_tokens for a in self.answers))
 
     async def pieces(self, idle_seconds: float) -> AsyncIterator[Piece | None]:
         """Pieces in order of arrival until every answer has its end; None after idle seconds.
@@ -97,7 +112,7 @@ class Job:
     def usage(self) -> dict[str, object]:
         """The `usage` object over all answers: tokens, including those without text."""
         firsts = [answer for answer in self.answers if answer.counts_prompt]
-        prompt = sum(len(answer.request.prompt_token_ids) for answer in firsts)
+        prompt = self._num_prompt_tokens()
         completion = sum(answer.num_tokens for answer in self.answers)
         cached = sum(answer.num_cached_tokens for answer in firsts)
         return {
@@ -106,6 +121,10 @@ class Job:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+    def _num_prompt_tokens(self) -> int:
+        firsts = (answer for answer in self.answers if answer.counts_prompt)
+        return sum(len(answer.request.prompt_token_ids) for answer in firsts)
 
 
 class AnswerDesk:

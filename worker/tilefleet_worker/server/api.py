@@ -10,6 +10,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from tilefleet_worker.server.answers import AnswerDesk, Job
+from tilefleet_worker.server.auth import Key
+from tilefleet_worker.server.budget import Budgets
 from tilefleet_worker.server.chat_format import ChatFormat, Reader
 from tilefleet_worker.server.conversation import check_size, compute, converse, make_constraint
 from tilefleet_worker.server.formats import Envelope, Format, TextFormat, joined
@@ -39,6 +41,11 @@ class Api:
     def __init__(self, state: WorkerState, desk: AnswerDesk) -> None:
         self._state = state
         self._desk = desk
+        self._budgets = Budgets()
+
+    def _caller(self, http: HttpRequest) -> Caller:
+        key: Key | None = getattr(http.state, "key", None)
+        return Caller() if key is None else Caller(key.id, self._budgets.of(key.id, key.limits))
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
@@ -83,9 +90,11 @@ class Api:
         service = self._state.admit(body.model)
         chat = body.as_chat()
         conversation = await converse(service, chat)
-        caller = Caller(getattr(http.state, "key_id", ""))
+        caller = self._caller(http)
         name = f"resp-{uuid.uuid4().hex}"
-        job = Job(self._desk, answers(service, chat, conversation.asked, name, caller))
+        job = Job(
+            self._desk, answers(service, chat, conversation.asked, name, caller), caller.budget
+        )
         reader = Reader(conversation.make_parser(), several_calls=body.parallel_tool_calls)
         builder = ResponseBuilder(body, reader, self._state.model_name)
         self._state.admit(body.model)
@@ -102,8 +111,8 @@ class Api:
         """Submit the answers to all prompts and reply with the stream or the whole."""
         service = self._state.admit(body.model)
         name = words.id_prefix + uuid.uuid4().hex
-        caller = Caller(getattr(http.state, "key_id", ""))
-        job = Job(self._desk, answers(service, body, asked, name, caller))
+        caller = self._caller(http)
+        job = Job(self._desk, answers(service, body, asked, name, caller), caller.budget)
         envelope = Envelope(name, int(time.time()), self._state.model_name, words)
         job.submit()
         if body.stream:

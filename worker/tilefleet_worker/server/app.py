@@ -37,6 +37,7 @@ def routes(api: Api, model: ModelApi) -> list[Route]:
         Route("/tokenize", model.tokenize, methods=["POST"]),
         Route("/detokenize", model.detokenize, methods=["POST"]),
         Route("/health", model.health, methods=["GET"]),
+        Route("/openapi.json", model.openapi, methods=["GET"]),
         Route("/version", model.version, methods=["GET"]),
     ]
 

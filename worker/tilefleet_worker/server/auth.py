@@ -15,6 +15,7 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tilefleet_worker.errors import ConfigError
+from tilefleet_worker.server.budget import OPTIONS, KeyLimits
 from tilefleet_worker.server.replies import ApiError, error_response
 
 LOGGER = logging.getLogger(__name__)
@@ -24,9 +25,12 @@ METRICS_PATH = "/metrics"
 
 
 @dataclass(frozen=True, slots=True)
-class _Key:
+class Key:
+    """One API key: whose it is and what it may do. The key itself is not kept."""
+
     id: str
     digest: bytes
+    limits: KeyLimits
 
 
 class KeyFile:
@@ -36,27 +40,29 @@ class KeyFile:
         """Raises ConfigError when the file cannot be read or holds no key."""
         self._path = path
         self._stamp: tuple[int, int, int] | None = None
-        self._keys: tuple[_Key, ...] = ()
+        self._keys: tuple[Key, ...] = ()
         try:
             self._read()
         except OSError as error:
             raise ConfigError(f"--api-key-file {path} cannot be read: {error.strerror}") from error
         if not self._keys:
             raise ConfigError(
-                f"--api-key-file {path} holds no key: write one `KEY` or `ID KEY` a line"
+                f"--api-key-file {path} holds no key: write `KEY` or `ID KEY [OPTION...]` lines"
             )
 
-    def identify(self, presented: str) -> str | None:
-        """The id of this key, or None. Compares with every key, so time tells nothing."""
+    def identify(self, presented: str) -> Key | None:
+        """The key, or None. Compares with every key, so time tells nothing."""
         try:
             self._read()
         except OSError as error:
             LOGGER.warning("API key file is not readable (%s): old keys stay", error.strerror)
+        except ConfigError as error:
+            LOGGER.error("API key file: %s: old keys stay", error)
         digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()
         found = None
         for key in self._keys:
             if secrets.compare_digest(key.digest, digest):
-                found = key.id
+                found = key
         return found
 
     def _read(self) -> None:
@@ -64,10 +70,9 @@ class KeyFile:
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         if stamp == self._stamp:
             return
-        self._keys = tuple(
-            map(_parse, filter(None, map(_strip, self._path.read_text().split("\n"))))
-        )
-        self._stamp = stamp
+        self._stamp = stamp  # a file with a mistake is read, and complained of, once
+        lines = filter(None, map(_strip, self._path.read_text().split("\n")))
+        self._keys = tuple(map(_parse, lines))
 
 
 def _strip(line: str) -> str:
@@ -75,18 +80,27 @@ def _strip(line: str) -> str:
     return "" if text.startswith("#") else text
 
 
-def _parse(line: str) -> _Key:
-    """`KEY` or `ID KEY`; a key without an id is known by the beginning of its digest."""
-    words = line.split(None, 1)
-    digest = hashlib.sha256(words[-1].encode()).digest()
-    return _Key(words[0] if len(words) == 2 else digest.hex()[:12], digest)
+def _parse(line: str) -> Key:
+    """`KEY` or `ID KEY [OPTION...]`; a key without an id is known by the beginning of its digest.
+
+    Raises ConfigError for a bad option; its message holds no key.
+    """
+    words = line.split()
+    if len(words) == 1:
+        digest = hashlib.sha256(line.encode()).digest()
+        return Key(digest.hex()[:12], digest, KeyLimits())
+    # Else `KEY OPTION` would make an id of the key and a key of the option; salts have a `=`, too.
+    if "=" in words[0] or words[1].partition("=")[0] in OPTIONS:
+        raise ConfigError("an API key with options needs an id without `=`: write ID KEY OPTION...")
+    digest = hashlib.sha256(words[1].encode()).digest()
+    return Key(words[0], digest, KeyLimits.parse(words[2:]))
 
 
 class RequireKey:
     """Middleware: answers 401 unless the path is open or the request carries a known key.
 
-    Puts the key's id into `scope["state"]["key_id"]`; it is the default cache salt, so that one
-    client cannot learn by timing what another has sent.
+    Puts the Key into `scope["state"]["key"]`; its id is the default cache salt, so that one client
+    cannot learn by timing what another has sent.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyFile, open_paths: frozenset[str]) -> None:
@@ -100,12 +114,12 @@ class RequireKey:
         if scope["type"] != "http" or _path(scope) in self._open_paths:
             await self._app(scope, receive, send)
             return
-        key_id = self._keys.identify(_bearer(scope) or "")
-        if key_id is None:
+        key = self._keys.identify(_bearer(scope) or "")
+        if key is None:
             message = "A valid API key is needed: send `Authorization: Bearer KEY`."
             await error_response(ApiError(401, "invalid_api_key", message))(scope, receive, send)
             return
-        scope.setdefault("state", {})["key_id"] = key_id
+        scope.setdefault("state", {})["key"] = key
         await self._app(scope, receive, send)
 
 

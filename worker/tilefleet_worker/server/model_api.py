@@ -10,6 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from tilefleet_worker.server.conversation import compute, num_characters, renderer
+from tilefleet_worker.server.openapi import document
 from tilefleet_worker.server.parsing import parse
 from tilefleet_worker.server.protocol import DetokenizeRequest, TokenizeRequest
 from tilefleet_worker.server.replies import invalid_value
@@ -105,6 +106,11 @@ class ModelApi:
         """GET /health: the same answer as the readiness probe."""
         reason = self._state.why_not_ready()
         return Response(status_code=200 if reason is None else 503)
+
+    async def openapi(self, http: HttpRequest) -> Response:
+        """GET /openapi.json."""
+        with_keys = bool(self._state.config.api_key_file)
+        return JSONResponse(document(self._state.model_name, version(), with_keys=with_keys))
 
     async def version(self, http: HttpRequest) -> Response:
         """GET /version."""

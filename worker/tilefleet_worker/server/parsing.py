@@ -27,8 +27,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "include": ([],),
 }
 
-# Values in which null has a meaning: JSON schemas.
-_VERBATIM = frozenset({"response_format", "structured_outputs", "guided_json", "tools", "text"})
+# Values in which null has a meaning, as in JSON schemas, or is none of the values.
+VERBATIM = frozenset(
+    {"response_format", "structured_outputs", "guided_json", "tools", "text", "logit_bias"}
+)
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -44,7 +46,7 @@ def parse(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error) from None
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _without_absent(fields: dict[str, Any]) -> dict[str, Any]:
     """Drop what has no effect: null, the accepted fields, and neutral values of refused ones."""
     return {
-        name: value if name in _VERBATIM else _without_null(value)
+        name: value if name in VERBATIM else _without_null(value)
         for name, value in fields.items()
         if value is not None
         and name not in ACCEPTED_WITHOUT_EFFECT
@@ -104,7 +106,7 @@ def _merge_max_tokens(fields: dict[str, Any]) -> None:
         raise invalid_value("max_completion_tokens", message)
 
 
-def _explain(error: ValidationError) -> ApiError:
+def explain(error: ValidationError) -> ApiError:
     """The most telling of pydantic's errors: an unknown field, else the one that got deepest."""
     errors = error.errors(include_url=False, include_context=False)
     deepest = max(errors, key=lambda item: len(item["loc"]))

@@ -29,6 +29,15 @@ TemplateName = Literal["enable_thinking", "thinking", "preserve_thinking", "reas
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+PromptText = Annotated[str, Field(min_length=1)]
+PromptIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompts = (
+    Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+
+
 def _stops(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -63,8 +72,8 @@ class Sampling(Structured):
     top_k: int = Field(default=0, ge=-1, le=MAX_TOP_K)
     seed: int | None = Field(default=None, ge=-MAX_SEED, le=MAX_SEED)
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-        BeforeValidator(_stops),
+        list[StopText],
+        BeforeValidator(_stops, json_schema_input_type=StopText | list[StopText]),
         Field(max_length=MAX_STOPS),
     ] = Field(default=[])
     stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOP_TOKEN_IDS)
@@ -116,10 +125,7 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(default=None, ge=1, le=MAX_N)
     prompt: Annotated[
-        list[Annotated[str, Field(min_length=1)]]
-        | list[Annotated[list[TokenId], Field(min_length=1)]],
-        BeforeValidator(_prompts),
-        Field(min_length=1, max_length=MAX_PROMPTS),
+        Prompts, BeforeValidator(_prompts, json_schema_input_type=PromptText | PromptIds | Prompts)
     ]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from tilefleet_worker.request import MAX_SEED, MAX_TOP_K
+from tilefleet_worker.server.limits import MAX_TOOLS
 from tilefleet_worker.server.messages import (
     CalledFunction,
     Function,
@@ -18,7 +19,9 @@ from tilefleet_worker.server.messages import (
     Tool,
     ToolCall,
 )
+from tilefleet_worker.server.parsing import explain
 from tilefleet_worker.server.protocol import ChatRequest
+from tilefleet_worker.server.replies import invalid_value
 from tilefleet_worker.server.structure import JsonSchema, ResponseFormat
 
 
@@ -160,7 +163,7 @@ class ResponseRequest(_Model):
     top_k: int = Field(default=0, ge=-1, le=MAX_TOP_K)
     seed: int | None = Field(default=None, ge=-MAX_SEED, le=MAX_SEED)
     stream: bool = False
-    tools: list[ResponseTool] = Field(default=[])
+    tools: list[ResponseTool] = Field(default=[], max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
@@ -168,7 +171,13 @@ class ResponseRequest(_Model):
     cache_salt: str = Field(default="", max_length=128, pattern=r"^[A-Za-z0-9._-]*$")
 
     def as_chat(self) -> ChatRequest:
-        """The chat that this asks for."""
+        """The chat that this asks for. Raises ApiError 400 when there can be no such chat."""
+        try:
+            return self._chat()
+        except ValidationError as error:
+            raise explain(error) from None
+
+    def _chat(self) -> ChatRequest:
         choice: Any = self.tool_choice
         if isinstance(choice, ResponseNamedTool):
             choice = NamedTool(type="function", function=NamedFunction(name=choice.name))
@@ -196,7 +205,10 @@ class ResponseRequest(_Model):
         if isinstance(self.input, str):
             return [*found, Message(role="user", content=self.input)]
         messages = (item.as_message() for item in self.input)
-        return [*found, *(message for message in messages if message is not None)]
+        found += [message for message in messages if message is not None]
+        if not found:
+            raise invalid_value("input", "input holds no message, only reasoning: add one.")
+        return found
 
     def _response_format(self) -> ResponseFormat | None:
         wanted = self.text.format

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 FINISHED_REASONS = ("stop", "length", "abort", "error", "repetition")
 REJECTIONS = {"queue_full": "max_num_queued_reqs", "queue_tokens": "max_num_queued_tokens"}
-LIMITS = ("headers", "body", "context_length_exceeded", "queue_full")
+LIMITS = ("headers", "body", "context_length_exceeded", "queue_full", "rate_limit_exceeded")
 FAILURES = ("internal_error", "draining", "client_gone", "other")
 STATUS_CLASSES = ("2xx", "4xx", "5xx")
 

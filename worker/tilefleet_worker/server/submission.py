@@ -9,6 +9,7 @@ from functools import partial
 
 from tilefleet_worker.request import MAX_SEED, Request, SamplingParams, TokenConstraint
 from tilefleet_worker.server.answer import Answer, AnswerOptions
+from tilefleet_worker.server.budget import Budget
 from tilefleet_worker.server.limits import MAX_ANSWERS
 from tilefleet_worker.server.protocol import ChatRequest, CompletionRequest, Sampling
 from tilefleet_worker.server.replies import ApiError, invalid_value
@@ -17,13 +18,29 @@ from tilefleet_worker.server.state import Service
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: its API key's id, if keys are in use, decides what it shares a cache with."""
+    """Who asks: its API key, if keys are in use, decides what it shares a cache with, how urgent it
+    may be, and how much it may use.
+    """
 
     key_id: str = ""
+    budget: Budget | None = None
 
     def salt(self, wanted: str) -> str:
         """Salt of the prefix cache: of the key, and within it as the client wishes."""
-        return f"{self.key_id}/{wanted}" if wanted else self.key_id
+        shared = "" if self.budget is None else self.budget.limits.salt
+        own = f"salt={shared}" if shared else self.key_id  # an id has no `=`: see auth.py
+        return f"{own}/{wanted}" if wanted else own
+
+    def priority(self, body: Sampling) -> int:
+        """Priority of a request: the key's, or the body's. Raises ApiError 403 above the key's."""
+        if self.budget is None:
+            return body.priority
+        best = self.budget.limits.priority
+        wanted = body.priority if "priority" in body.model_fields_set else best
+        if wanted < best:
+            message = f"priority is {wanted}: this API key may ask for {best} or more."
+            raise ApiError(403, "priority_not_allowed", message, "priority")
+        return wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +145,7 @@ def answers(
     """The answers of one HTTP request: n, or best_of, for each prompt, in order of the prompts."""
     params = sampling_params(service, body, asked.default_max_tokens)
     num_each = getattr(body, "best_of", None) or body.n
-    now, salt = time.monotonic(), caller.salt(body.cache_salt)
+    now, salt, priority = time.monotonic(), caller.salt(body.cache_salt), caller.priority(body)
     deadline = None if body.timeout_seconds is None else now + body.timeout_seconds
     detokenizer = partial(
         service.tokenizer.detokenizer, skip_special_tokens=asked.skip_special_tokens
@@ -147,7 +164,7 @@ def answers(
                 now,
                 salt,
                 tenant=caller.key_id,
-                priority=body.priority,
+                priority=priority,
                 deadline_seconds=deadline,
                 constraint=constraint,
             )
