@@ -22,14 +22,13 @@ operator. A figure of null was not reached within the limit of its case. Nothing
 import argparse
 import asyncio
 import json
-import os
+import math
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / path) for path in ("", "benchmarks/scale", "hack/cluster", "tests/e2e")]
 
 from candidates import HOME, Candidate, allow, candidates  # noqa: E402
+from figures import Figure, line, percentile  # noqa: E402
 from fleets import amd_fleet  # noqa: E402
 from simulated_cluster import simulated_cluster  # noqa: E402
 
@@ -66,17 +66,6 @@ class Sizes:
     small: int
 
 
-@dataclass
-class Figure:
-    """One measured value and what it should be. below: smaller is better."""
-
-    case: str
-    value: float | None
-    unit: str
-    goal: float
-    load: float = field(default_factory=lambda: os.getloadavg()[0])
-
-
 class Bench:
     """The cluster, what is seen of it, and the figures of one operator."""
 
@@ -85,6 +74,7 @@ class Bench:
         self.pending: dict[str, dict[int, float]] = {}
         self.latencies: list[float] = []
         self.connections = asyncio.Semaphore(CONNECTIONS)
+        self.deadline = math.inf
         view.listeners.append(self._observe)
 
     def _observe(self, plural: str, kind: str, body: Json) -> None:
@@ -97,17 +87,27 @@ class Bench:
     def _num_pending(self) -> int:
         return sum(map(len, self.pending.values()))
 
-    async def measure(self, who: Candidate) -> list[Figure]:
-        """All cases for one operator. A case that was not reached has figures without a value."""
+    async def measure(self, who: Candidate, deadline: float, last: bool) -> list[Figure]:
+        """All cases for one operator, until the deadline of the monotonic clock.
+
+        A wait that ends without success gives a figure without a value; a case that fails gives
+        none. last: nobody needs an empty cluster afterwards.
+        """
         figures: list[Figure] = []
         who.start()
+        self.deadline = deadline
         try:
             await self._led(who)
-            for case in (self._create, self._idle, self._changes, self._failover):
-                figures += self._said(who, await case(who))
-            await self._clear()
-            figures += self._said(who, await self._big(who))
-            await self._clear()
+            for case in (self._create, self._idle, self._changes, self._failover, self._big):
+                if case == self._big:
+                    await self._clear()
+                try:
+                    figures += self._said(who, await case(who))
+                except Exception as error:
+                    say(f"{who.name}: {case.__name__.strip('_')} failed: {error!r}")
+            if not last:
+                self.deadline = math.inf
+                await self._clear()
         finally:
             who.stop()
         return figures
@@ -115,7 +115,8 @@ class Bench:
     def _said(self, who: Candidate, figures: list[Figure]) -> list[Figure]:
         for one in figures:
             value = "not reached" if one.value is None else f"{one.value:.3g} {one.unit}"
-            say(f"{who.name}: {one.case}: {value}, goal {one.goal:g}, load {one.load:.1f}")
+            more = f", {one.note}" if one.note else ""
+            say(f"{who.name}: {one.case}: {value}{more}, goal {one.goal:g}, load {one.load:.1f}")
         return figures
 
     async def _led(self, who: Candidate) -> None:
@@ -123,7 +124,7 @@ class Bench:
         say(f"{who.name}: starts")
         await self._make("warm", 1)
         if not await self._until("the first fleet is seen", lambda: self._observed() >= 1, 120):
-            raise SystemExit(f"{who.name} does not react: {who.log.read_text()[-2000:]}")
+            raise TimeoutError(f"{who.name} does not react: {who.log.read_text()[-2000:]}")
 
     async def _create(self, who: Candidate) -> list[Figure]:
         position, asked = self.api.audit_position(), {}
@@ -135,8 +136,8 @@ class Bench:
 
         await _paced(one, self.sizes.fleets, self.sizes.create_rate)
         wanted = self.sizes.fleets + 1
-        await self._until("all fleets are reported", lambda: self._observed() >= wanted, 300)
-        await self._until("all pods are ready", lambda: self._num_ready() >= wanted, 300)
+        await self._until("all fleets are reported", lambda: self._observed() >= wanted, 180)
+        await self._until("all pods are ready", lambda: self._num_ready() >= wanted, 120)
         first: dict[str, float] = {}
         for name, when in self._writes(who, position):
             first.setdefault(name, when)
@@ -186,11 +187,12 @@ class Bench:
         lost, took = self._num_pending(), time.monotonic() - begun
         waits = self.latencies + [60.0 + CHANGE_SECONDS] * lost
         self.pending.clear()
-        case = f"change to observedGeneration at {reached:.0f}/s"
+        case = f"change to observedGeneration at {self.sizes.change_rate:g}/s"
+        note = f"{reached:.0f}/s reached, {lost} of {count} not observed"
         share = (who.cpu_seconds() - cpu) / took
         return [
-            Figure(f"{case}, p50", percentile(waits, 0.50), "s", 5.0),
-            Figure(f"{case}, p99", percentile(waits, 0.99), "s", 5.0),
+            Figure(f"{case}, p50", percentile(waits, 0.50), "s", 5.0, note),
+            Figure(f"{case}, p99", percentile(waits, 0.99), "s", 5.0, note),
             Figure(f"{case}, CPU", share, "cores", 1.0),
             Figure("requests of a change", self._requests(who, position) / count, "requests", 1.0),
         ]
@@ -295,10 +297,10 @@ class Bench:
 
     async def _until(self, what: str, check: Any, seconds: float, every: float = 0.1) -> bool:
         """Wait for the check to hold; False, and said so, when it does not within the limit."""
-        deadline = time.monotonic() + seconds
+        deadline = min(time.monotonic() + seconds, self.deadline)
         while not check():
             if time.monotonic() > deadline:
-                say(f"{what}: not within {seconds:g} s")
+                say(f"{what}: not within {seconds:g} s, or not before the end of the run")
                 return False
             await asyncio.sleep(every)
         return True
@@ -319,41 +321,6 @@ async def _paced(work: Any, count: int, rate: float) -> float:
     return count / (time.monotonic() - begun)
 
 
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """Nearest-rank percentile; share 0..1."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
-
-
-def line(ours: Figure, theirs: Figure | None) -> Json:
-    """The JSON line of one figure."""
-    value, other = ours.value, theirs.value if theirs else None
-    return {
-        "bench": "operator_scale",
-        "case": ours.case,
-        "value": None if value is None else round(value, 3),
-        "unit": ours.unit,
-        "goal": ours.goal,
-        "met": value is not None and value <= ours.goal,
-        "peer": theirs and "plain kopf operator",
-        "peer_value": None if other is None else round(other, 3),
-        "ratio": round(value / other, 3) if value is not None and other else None,
-        "device": _device(),
-        "commit": _commit(),
-        "load_average": round(ours.load, 1),
-    }
-
-
-def _device() -> str:
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{names[0] if names else 'unknown'}, {os.cpu_count()} cores for the whole cluster"
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 async def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fleets", type=int, default=1000)
@@ -361,9 +328,10 @@ async def main() -> int:
     parser.add_argument("--change-rate", type=float, default=160.0, help="changes a second")
     parser.add_argument("--replicas", type=int, default=1000, help="of the one large fleet")
     parser.add_argument("--small", type=int, default=500, help="fleets beside it")
+    parser.add_argument("--minutes", type=float, default=11.5, help="of the whole run, at most")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     parser.add_argument("--keep-logs", metavar="FOLDER", help="copy the operators' logs there")
-    arguments = parser.parse_args()
+    arguments, begun = parser.parse_args(), time.monotonic()
     sizes = Sizes(
         arguments.fleets, arguments.create_rate, arguments.change_rate, arguments.replicas,
         arguments.small,
@@ -374,18 +342,24 @@ async def main() -> int:
         for name in (HOME, NAMESPACE):
             await admin.send("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
         allow(api)
-        results = []
-        for who in candidates(bench.api)[: 1 if arguments.no_peer else 2]:
+        results: list[dict[str, Figure]] = []
+        who = candidates(bench.api)[: 1 if arguments.no_peer else 2]
+        for one, share in zip(who, (0.6, 1.0), strict=False):
+            last, deadline = one is who[-1], begun + share * 60 * arguments.minutes
             try:
-                results.append(await bench.measure(who))
+                found = await bench.measure(one, deadline, last)
+                results.append({figure.case: figure for figure in found})
+            except TimeoutError as error:
+                say(str(error))
+                results.append({})
             finally:
                 if arguments.keep_logs:
-                    kept = Path(arguments.keep_logs) / who.log.name
-                    kept.write_bytes(who.log.read_bytes())
-        for number, ours in enumerate(results[0]):
-            theirs = results[1][number] if len(results) > 1 else None
-            print(json.dumps(line(ours, theirs)), flush=True)
-    return 0
+                    kept = Path(arguments.keep_logs) / one.log.name
+                    kept.write_bytes(one.log.read_bytes())
+        theirs = results[1] if len(results) > 1 else {}
+        for case, ours in results[0].items():
+            print(json.dumps(line(ours, theirs.get(case))), flush=True)
+    return 0 if results[0] else 1
 
 
 if __name__ == "__main__":
