@@ -26,14 +26,16 @@ from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.fused_decoder import FusedLayer, FusedWeights, StepInputs
 from tilefleet_worker.fused_weights import rope_table
 from tilefleet_worker.gpu_engine import GPULimits, build_runner
-from tilefleet_worker.gpu_runner import probe
+from tilefleet_worker.gpu_runner import GPURunner, probe
 from tilefleet_worker.kernels import norm, rotary_store, swiglu
 from tilefleet_worker.kernels.rotary_store import Rotation
 from tilefleet_worker.model_config import ModelConfig
+from tilefleet_worker.pipeline import Launched, Pipeline
 from tilefleet_worker.request import Request, SamplingParams
+from tilefleet_worker.request_table import SAMPLER
 from tilefleet_worker.scheduler import Scheduler
-from tilefleet_worker.step import StepPlan
-from tilefleet_worker.step_inputs import StepArrays
+from tilefleet_worker.step import StepPlan, StepResult
+from tilefleet_worker.step_arrays import StepArrays
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 64
@@ -151,11 +153,11 @@ class Setup:
             allocated_gib=round(torch.cuda.memory_allocated() / 2**30, 2),
         )  # fmt: skip
 
-    def scheduler(self, prompts: list[list[int]], answer: int) -> Scheduler:
-        """A scheduler over the pool with one greedy request a prompt."""
+    def scheduler(self, prompts: list[list[int]], answer: int, **kind: Any) -> Scheduler:
+        """A scheduler over the pool with one request a prompt, greedy unless `kind` says else."""
         pool = BlockPool(self.cache.num_blocks, BLOCK, prefix_caching=False)
         scheduler = Scheduler(pool, 16384, 256, self.max_context, vocab_size=self.config.vocab_size)
-        params = SamplingParams(max_tokens=answer, temperature=0.0)
+        params = SamplingParams(**{"max_tokens": answer, "temperature": 0.0, **kind})
         for index, prompt in enumerate(prompts):
             refusal = scheduler.add(Request(f"r{index}", prompt, params, 0.0))
             if refusal is not None:
@@ -260,13 +262,7 @@ def check_tokens(setup: Setup) -> None:
     prompts = [random_prompts(1, n, setup.config.vocab_size)[0] for n in (1, 70, 300, 513)]
     scheduler = setup.scheduler(prompts, 32)
     scheduler.max_batch_tokens = 200  # chunks
-    tokens: dict[str, list[int]] = {f"r{i}": [] for i in range(len(prompts))}
-    while scheduler.has_work:
-        plan = scheduler.schedule()
-        for delta in scheduler.commit(plan, setup.runner.run(plan)):
-            if delta.error is not None:
-                raise RuntimeError(delta.error)
-            tokens[delta.request_id] += delta.token_ids
+    tokens = answers(scheduler, setup.runner)
     equal = total = 0
     worst = 0.0  # by how much the chosen token's true logit lies below the best, in deviations
     for index, prompt in enumerate(prompts):
@@ -279,6 +275,85 @@ def check_tokens(setup: Setup) -> None:
         total += len(answer)
         worst = max(worst, gaps.max().item())
     emit("check greedy tokens", equal=equal, of=total, worst_gap_std=round(worst, 5), bound=0.05)
+
+
+class OneAtATime:
+    """The runner without its launches: the host waits for every step."""
+
+    def __init__(self, runner: GPURunner) -> None:
+        self.run, self.check = runner.run, runner.check
+
+
+class Watched:
+    """The runner, and how long the host waited for it."""
+
+    def __init__(self, runner: GPURunner) -> None:
+        self._runner = runner
+        self.run, self.check = runner.run, runner.check
+        self.waited_seconds = 0.0
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """As the runner."""
+        return WatchedStep(self, self._runner.launch(plan))
+
+
+class WatchedStep:
+    """A step whose wait is measured."""
+
+    def __init__(self, watched: Watched, step: Launched) -> None:
+        self._watched, self._step = watched, step
+
+    def result(self) -> StepResult:
+        """As the step."""
+        began = time.perf_counter()
+        result = self._step.result()
+        self._watched.waited_seconds += time.perf_counter() - began
+        return result
+
+
+def answers(scheduler: Scheduler, runner: Any) -> dict[str, list[int]]:
+    """Tokens of all requests of a scheduler."""
+    pipeline = Pipeline(runner, scheduler, time.perf_counter)
+    tokens: dict[str, list[int]] = {}
+    while scheduler.has_work or pipeline.busy:
+        for delta in pipeline.turn(time.perf_counter())[0]:
+            if delta.error is not None:
+                raise RuntimeError(delta.error)
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    return tokens
+
+
+def check_ahead(setup: Setup) -> None:
+    """Tokens one step ahead, one at a time, and chosen by the host from the same logits.
+
+    min_tokens makes the host choose, and bans nothing where no end token is known. Eight rows: a
+    row's logits have the same bits in batches of up to sixteen.
+    """
+    prompts = [random_prompts(1, n, setup.config.vocab_size)[0] for n in range(20, 180, 20)]
+    for kind in (
+        {}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.95},
+        {"temperature": 0.3, "min_p": 0.05}, {"temperature": 1.0, "top_p": 0.9},
+    ):  # fmt: skip
+        found = [
+            answers(setup.scheduler(prompts, 48, **kind), setup.runner),
+            answers(setup.scheduler(prompts, 48, **kind), OneAtATime(setup.runner)),
+            answers(setup.scheduler(prompts, 48, **kind, min_tokens=1), setup.runner),
+        ]
+        emit(
+            f"check ahead {setup.name}", kind=kind, ahead_equals_one_at_a_time=found[0] == found[1],
+            device_equals_host=found[0] == found[2],
+            tokens=sum(len(answer) for answer in found[0].values()),
+            different=len({t for answer in found[0].values() for t in answer}),
+        )  # fmt: skip
+
+
+def check_sampling() -> None:
+    script = ROOT / "tests" / "worker" / "sampling_cases.py"
+    run = subprocess.run(
+        [sys.executable, str(script), "4", "cuda"], capture_output=True, text=True, timeout=90,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}/worker:{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
+    emit("check sampling", ok=run.returncode == 0, said=(run.stdout + run.stderr)[-600:])
 
 
 def check_invariance(setup: Setup) -> None:
@@ -309,9 +384,9 @@ def check_launches(setup: Setup) -> None:
     with torch.inference_mode():
         for batch in (1, 64):
             inputs: StepInputs = runner._inputs.decode(None, batch)
-            runner._decoder.forward(inputs, runner._attention, runner._cache)
+            runner._forward(inputs)
             with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
-                runner._decoder.forward(inputs, runner._attention, runner._cache)
+                runner._forward(inputs)
                 torch.cuda.synchronize()
             kernels = [e for e in trace.events() if e.device_type.name == "CUDA"]
             by_name: dict[str, list[float]] = {}
@@ -351,7 +426,7 @@ def measure_products(setup: Setup, rate: float) -> None:
         emit(f"products {setup.name} batch {batch}", us_and_share=row)
 
 
-def replay_seconds(setup: Setup, batch: int, context: int) -> float:
+def replay_seconds(setup: Setup, batch: int, context: int, kind: dict[str, Any]) -> float:
     """Seconds of a captured decode step on the device alone, over contexts of this length."""
     graphs, size = setup.runner._graphs, setup.runner._cache.block_size
     if graphs is None:
@@ -359,10 +434,14 @@ def replay_seconds(setup: Setup, batch: int, context: int) -> float:
     width = -(-context // size)
     table = np.arange(batch * width).reshape(batch, width) % setup.runner._cache.num_blocks
     ones = np.ones(batch, np.int64)
+    drawn = np.zeros(batch, SAMPLER)
+    drawn["logits_row"] = np.arange(batch)
+    for name, value in {"top_p": 1.0, **kind}.items():
+        drawn[name] = value
     arrays = StepArrays(
         order=None, num_decodes=batch, token_ids=ones, positions=ones * (context - 1),
         slots=-ones, context_lens=ones * context, lengths=ones, block_table=table,
-        logits_index=None,
+        logits_index=None, samples=drawn, sampled=np.arange(batch),
     )  # fmt: skip
     padded = graphs.padded(batch)
     with torch.inference_mode():
@@ -370,41 +449,49 @@ def replay_seconds(setup: Setup, batch: int, context: int) -> float:
     return device_seconds(graphs._graphs[padded][0].replay, 10)
 
 
-def measure_load(setup: Setup, batch: int, rate: float, length: int = 1024, out: int = 256) -> None:
-    """All requests at once. The loop is scheduler, runner, commit, without server or text."""
+def measure_load(
+    setup: Setup, batch: int, rate: float, kind: dict[str, Any], length: int = 1024, out: int = 256
+) -> None:
+    """All requests at once. The loop is the engine's pipeline, without server or text.
+
+    Host gap: what a step takes beyond the graph alone.
+    """
     for repeat in range(2):  # the first warms up
         answer = 8 if repeat == 0 else out
         prompts = random_prompts(batch, length, setup.config.vocab_size)
-        scheduler = setup.scheduler(prompts, answer)
+        scheduler = setup.scheduler(prompts, answer, **kind)
+        runner = Watched(setup.runner)
+        pipeline = Pipeline(runner, scheduler, time.perf_counter)
         first: dict[str, float] = {}
         full_steps: list[float] = []
-        schedule_seconds = 0.0
-        began = now = time.perf_counter()
+        waits: list[float] = []
+        began = time.perf_counter()
         count = 0
-        while scheduler.has_work:
-            plan = scheduler.schedule()
-            scheduled = time.perf_counter()
-            deltas = scheduler.commit(plan, setup.runner.run(plan))
-            before, now = now, time.perf_counter()
-            schedule_seconds += scheduled - before
-            if plan.num_tokens == batch:
-                full_steps.append(now - before)
+        while scheduler.has_work or pipeline.busy:
+            runner.waited_seconds = 0.0
+            deltas, steps = pipeline.turn(time.perf_counter())
+            for plan, seconds in steps:
+                if len(plan) == plan.num_tokens == batch:
+                    full_steps.append(seconds)
+                    waits.append(runner.waited_seconds)
+            now = time.perf_counter() - began
             for delta in deltas:
                 count += len(delta.token_ids)
-                first.setdefault(delta.request_id, now - began)
-        total = now - began
+                first.setdefault(delta.request_id, now)
+        total = time.perf_counter() - began
     floor = setup.step_bytes(batch, length + out // 2) / rate
     step = statistics.mean(full_steps)
-    device = replay_seconds(setup, batch, length + out // 2)
+    device = replay_seconds(setup, batch, length + out // 2, kind)
     times = sorted(first.values())
     emit(
-        f"load {setup.name} batch {batch} in {length} out {out}",
+        f"load {setup.name} batch {batch} in {length} out {out}", kind=kind,
         step_ms=round(step * 1e3, 3), step_median_ms=round(statistics.median(full_steps) * 1e3, 3),
-        replay_ms=round(device * 1e3, 3), floor_ms=round(floor * 1e3, 3),
+        replay_ms=round(device * 1e3, 3), host_gap_ms=round((step - device) * 1e3, 3),
+        host_busy_ms=round((step - statistics.mean(waits)) * 1e3, 3),
+        floor_ms=round(floor * 1e3, 3),
         floor_share=round(floor / step, 3), decode_tok_s=round(batch / step, 1),
         output_tok_s=round(count / total, 1), ttft_mean_s=round(statistics.mean(times), 4),
-        ttft_p99_s=round(times[int(len(times) * 0.99)], 4), schedule_s=round(schedule_seconds, 3),
-        total_s=round(total, 3),
+        ttft_p99_s=round(times[int(len(times) * 0.99)], 4), total_s=round(total, 3),
     )  # fmt: skip
 
 
@@ -454,15 +541,20 @@ def check_phases(phases: Phases, rate: float) -> None:
     setup = phases.run("start check", Setup, "check")
     if setup is not None:
         phases.run("check greedy tokens", check_tokens, setup)
+        phases.run("check ahead", check_ahead, setup)
         phases.run("check batch invariance", check_invariance, setup)
 
 
-def model_phases(name: str, batches: str, phases: Phases, rate: float) -> None:
+def model_phases(name: str, batches: str, phases: Phases, rate: float, loads_only: bool) -> None:
     setup = phases.run(f"start {name}", Setup, name)
     if setup is None:
         return
     for batch in map(int, batches.split(",")):
-        phases.run(f"load {name} {batch}", measure_load, setup, batch, rate)
+        phases.run(f"load {name} {batch}", measure_load, setup, batch, rate, {})
+    for kind in ({"temperature": 1.0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.95}):
+        phases.run(f"sampled load {name} 64", measure_load, setup, 64, rate, kind)
+    if loads_only:
+        return
     phases.run(f"prefill {name} 8192", measure_prefill, setup, 1, 8192)
     phases.run(f"launches {name}", check_launches, setup)
     phases.run(f"products {name}", measure_products, setup, rate)
@@ -478,6 +570,7 @@ def in_child(part: str, args: argparse.Namespace, rate: float) -> None:
     command = [
         sys.executable, str(Path(__file__).resolve()), "--part", part, "--rate", str(rate),
         "--batches", args.batches, "--budget-seconds", str(left),
+        *(["--loads-only"] if args.loads_only else []),
     ]  # fmt: skip
     try:
         code = subprocess.run(command, timeout=left + 30).returncode
@@ -493,6 +586,7 @@ def main() -> None:
     parser.add_argument("--models", default="llama-3.1-8b,qwen3-0.6b")
     parser.add_argument("--batches", default="1,8,64,256")
     parser.add_argument("--skip-checks", action="store_true")
+    parser.add_argument("--loads-only", action="store_true", help="of the models' phases")
     parser.add_argument("--part", default="", help="check, or one model; used for child processes")
     parser.add_argument("--rate", type=float, default=0.0, help="copy rate in bytes/s, for --part")
     args = parser.parse_args()
@@ -504,7 +598,7 @@ def main() -> None:
         if args.part == "check":
             check_phases(phases, args.rate)
         else:
-            model_phases(args.part, args.batches, phases, args.rate)
+            model_phases(args.part, args.batches, phases, args.rate, args.loads_only)
         return
     import triton
 
@@ -519,7 +613,9 @@ def main() -> None:
     for part in [*parts, *args.models.split(",")]:
         in_child(part, args, rate)
     if not args.skip_checks:
-        Phases(args.budget_seconds).run("check attention", check_attention)
+        phases = Phases(args.budget_seconds)
+        phases.run("check sampling", check_sampling)
+        phases.run("check attention", check_attention)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Fused kernels and the GPU's runner against their references, in Triton's interpreter, fp32.
 
-python fused_kernel_cases.py kernels|runner|windowed|engine. Needs TRITON_INTERPRET=1.
+python fused_kernel_cases.py kernels|runner|windowed|engine|ahead. Needs TRITON_INTERPRET=1.
 """
 
 import json
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from tilefleet_worker.kernels.rotary_store import (
 from tilefleet_worker.kernels.swiglu import swiglu, swiglu_reference
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.model_config import ModelConfig
+from tilefleet_worker.pipeline import Pipeline
 from tilefleet_worker.request import Request, SamplingParams
 from tilefleet_worker.runner import Runner
 from tilefleet_worker.scheduler import Scheduler
@@ -159,6 +161,67 @@ def compare(folder):
         sys.exit(f"{config.architecture}: tokens {got}, expected {want}")
 
 
+class Failing:
+    """The runner, but some of its launches fail: at once, or when their result is wanted."""
+
+    def __init__(self, runner, at_launch, at_result):
+        self.run, self.check, self._runner = runner.run, runner.check, runner
+        self._at_launch, self._at_result, self._count = at_launch, at_result, 0
+
+    def launch(self, plan):
+        self._count += 1
+        if self._count == self._at_launch:
+            raise MemoryError("no room for the inputs")
+        step = self._runner.launch(plan)
+        if self._count == self._at_result:
+            object.__setattr__(step, "tokens", None)  # as if they had not arrived
+        return step
+
+
+class OneAtATime:
+    def __init__(self, runner):
+        self.run, self.check = runner.run, runner.check
+
+
+def answers_to_load(runner, blocks, config, **more):
+    """Requests with a shared prefix: greedy, drawn, cut, and one that the host must choose for."""
+    scheduler = Scheduler(
+        BlockPool(blocks, 16), 40, 4, 64, vocab_size=config.vocab_size, eos_token_ids=(7,)
+    )
+    prompt = [(7 * i + 3) % config.vocab_size for i in range(20)]
+    kinds = (
+        {"temperature": 0.0}, {"seed": 1, "min_p": 0.01}, {"seed": 2, "top_k": 9, "top_p": 0.9},
+        {"temperature": 0.0, "logprobs": 1},
+    )  # fmt: skip
+    tokens = {f"r{i}": [] for i in range(len(kinds))}
+    for i, kind in enumerate(kinds):
+        params = SamplingParams(max_tokens=3 + i % 2, **{**kind, **more})
+        scheduler.add(Request(f"r{i}", prompt[: 14 + 2 * i], params, 0.0))
+    pipeline = Pipeline(runner, scheduler, time.monotonic)
+    while scheduler.has_work or pipeline.busy:
+        for delta in pipeline.turn(0.0)[0]:
+            if delta.error is not None:
+                sys.exit(delta.error)
+            tokens[delta.request_id] += delta.token_ids
+        scheduler.check_integrity()
+    return tokens
+
+
+def ahead():
+    """One step ahead, two of the steps failing: what the host chooses one step at a time."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        windowed_model(Path(folder))
+        config = ModelConfig.from_folder(Path(folder))
+        with torch.inference_mode(), Weights(Path(folder)) as weights:
+            fused = fused_weights.load(config, weights, 64, torch.float32, CPU)
+    mine, cache = build_runner(config, fused, GPULimits(40, 4, 64, 16, kv_cache_bytes=2**18))
+    want = answers_to_load(OneAtATime(mine), cache.num_blocks, config, min_tokens=1)
+    got = answers_to_load(Failing(mine, 5, 3), cache.num_blocks, config)
+    if got != want:
+        sys.exit(f"tokens {got}, expected {want}")
+
+
 def engine():
     """Backend triton by the factory: the tokens of backend cpu, and what /stats shows."""
     with tempfile.TemporaryDirectory() as folder:
@@ -213,6 +276,8 @@ if __name__ == "__main__":
         windowed()
     elif sys.argv[1] == "engine":
         engine()
+    elif sys.argv[1] == "ahead":
+        ahead()
     else:
         runner()
     print("checked")

@@ -14,17 +14,28 @@ from tilefleet_worker.attention.triton.prefill import query_tiles
 from tilefleet_worker.graphs import padded_sizes
 from tilefleet_worker.request import SamplingParams
 from tilefleet_worker.step import StepPlan, StepRow
-from tilefleet_worker.step_inputs import InputBuffer, Staging, StepTooLargeError, lay_out
+from tilefleet_worker.step_arrays import lay_out
+from tilefleet_worker.step_inputs import InputBuffer, Staging, StepTooLargeError
 
 CASES = Path(__file__).with_name("fused_kernel_cases.py")
 PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
+SLOTS = torch.zeros(8, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("kind", ["kernels", "runner", "windowed", "engine"])
+@pytest.mark.parametrize("kind", ["kernels", "runner", "windowed", "engine", "ahead"])
 def test_fused_kernels_and_runner_match_their_references(kind: str) -> None:
     """The interpreter is chosen when Triton is imported, hence a process of its own."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(CASES), kind],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "checked" in run.stdout
+
+
+def test_tokens_chosen_on_the_device_are_those_of_the_host() -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(CASES.with_name("sampling_cases.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -72,7 +83,7 @@ def test_a_row_beyond_its_blocks_is_refused() -> None:
 
 
 def test_inputs_of_one_padded_size_stay_in_one_place_and_hide_the_padding() -> None:
-    buffer = InputBuffer(64, 8, 4, 16, torch.device("cpu"))
+    buffer = InputBuffer(64, 8, 4, 16, SLOTS)
     first = buffer.decode(lay_out(StepPlan.of((row("a", 5, (42,), (3, 1)),)), 4), 4)
     assert first.token_ids.tolist() == [42, 0, 0, 0]
     assert first.slots.tolist() == [5, -1, -1, -1]
@@ -108,7 +119,7 @@ def test_a_step_never_fills_the_host_buffer_that_the_step_before_may_still_be_se
 )
 def test_a_step_larger_than_the_buffer_is_refused(step: tuple[StepRow, ...], said: str) -> None:
     arrays = lay_out(StepPlan.of(step), 4)
-    buffer = InputBuffer(8, 3, 4, 16, torch.device("cpu"))
+    buffer = InputBuffer(8, 3, 4, 16, SLOTS)
     with pytest.raises(StepTooLargeError, match=said):
         buffer.mixed(arrays)
     if arrays.decode_only:
@@ -124,7 +135,7 @@ def test_the_largest_step_fits_the_buffer(scored: bool) -> None:
     )
     if scored:
         rows = tuple(replace(one, targets=one.token_ids[1:]) for one in rows)
-    inputs = InputBuffer(16, 3, 4, 4, torch.device("cpu")).mixed(lay_out(StepPlan.of(rows), 4))
+    inputs = InputBuffer(16, 3, 4, 4, SLOTS).mixed(lay_out(StepPlan.of(rows), 4))
     assert inputs.logits_index is not None
     assert len(inputs.logits_index) == (16 if scored else 3)
     assert inputs.paged.tiles is not None

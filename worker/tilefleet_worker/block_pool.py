@@ -1,13 +1,14 @@
 """Who owns which KV block, and which blocks hold a prefix that can be used again.
 
 Blocks come and go in spans: those of one layer kind that hold the same tokens of a request. Every
-span is in exactly one state: *referenced* (in the tables of one or more requests) or *idle* (of
-nobody, but its tokens are published and may be hit again); all other blocks are *free*, for any
-kind. Idle spans are evicted in least-recently-used order when the free blocks run out. A span goes
-by the id of its first block, its head. Knows no tensor and no request.
+span is in exactly one state: *referenced* (in the tables of one or more requests, or let go of
+while a step under way may still use it) or *idle* (of nobody, but its tokens are published and may
+be hit again); all other blocks are *free*, for any kind. Idle spans are evicted in
+least-recently-used order when the free blocks run out. A span goes by the id of its first block,
+its head. Knows no tensor and no request.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,10 @@ class BlockPool:
         self._others: dict[int, tuple[int, ...]] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, int] = OrderedDict()
+        self._num_begun = 0
+        self._num_ended = 0
+        # (steps begun when they were released, blocks, kind): see release().
+        self._deferred: deque[tuple[int, list[int], int]] = deque()
 
     @property
     def spare_block_id(self) -> int:
@@ -80,8 +85,29 @@ class BlockPool:
 
     @property
     def num_referenced(self) -> int:
-        """Blocks in the table of at least one request."""
+        """Blocks in the table of at least one request, or kept for a step under way."""
         return self.num_blocks - self.num_available
+
+    @property
+    def num_steps_under_way(self) -> int:
+        """Steps that were begun and have not ended."""
+        return self._num_begun - self._num_ended
+
+    @property
+    def num_deferred(self) -> int:
+        """References given up that count until the steps that may use them have ended."""
+        return sum(len(blocks) for _, blocks, _ in self._deferred)
+
+    def begin_step(self) -> None:
+        """Note that a step begins which uses blocks: what is released from now on outlives it."""
+        self._num_begun += 1
+
+    def end_step(self) -> None:
+        """Note that a step ended, and give back what waited for it."""
+        self._num_ended += 1
+        while self._deferred and self._deferred[0][0] <= self._num_ended:
+            _, blocks, index = self._deferred.popleft()
+            self._give_back(blocks, index)
 
     def root(self, cache_salt: str) -> bytes:
         """Start of the hash chain of requests with this salt."""
@@ -208,8 +234,16 @@ class BlockPool:
         """Drop one reference of each span of kind `index` in a request's table, tail first.
 
         Tail first, because the oldest idle span is evicted first and a prefix without its head
-        cannot be hit. Raises EngineError when a block has no reference left to drop.
+        cannot be hit. While steps are under way the references stay until the newest of them has
+        ended: the device may use the blocks that long. Raises EngineError when a block has no
+        reference left to drop.
         """
+        if self.num_steps_under_way:
+            self._deferred.append((self._num_begun, list(block_ids), index))
+        else:
+            self._give_back(block_ids, index)
+
+    def _give_back(self, block_ids: Sequence[int], index: int) -> None:
         for head in reversed(block_ids[:: self.kinds[index].width]):
             if self._ref_counts[head] < 1:
                 raise EngineError(f"block {head} was released twice")
@@ -227,6 +261,8 @@ class BlockPool:
 
         tables: for each kind the blocks that each request holds.
         """
+        if self._deferred and not self.num_steps_under_way:
+            raise EngineError("released blocks wait for a step although none is under way")
         free = set(self._free)
         if len(free) != len(self._free) or free & set(self._idle):
             raise EngineError("a block is free or idle more than once")
@@ -236,7 +272,8 @@ class BlockPool:
                 raise EngineError(f"block {head} is idle without a hash")
             homes.update(self._span(head))
         for index, kind_tables in enumerate(tables):
-            homes.update(self._check_kind(index, kind_tables))
+            waiting = [blocks for _, blocks, kind in self._deferred if kind == index]
+            homes.update(self._check_kind(index, [*kind_tables, *waiting]))
         for block in range(self.num_blocks):
             if homes[block] != 1:
                 raise EngineError(f"block {block} has {homes[block]} homes: free, idle or a span")

@@ -6,14 +6,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import EngineError
+from tilefleet_worker.pipeline import Pipeline, StepRunner
 from tilefleet_worker.request import Delta, FinishReason, Refusal, Request
 from tilefleet_worker.scheduler import Scheduler
 from tilefleet_worker.stats import EngineInfo, EngineStats, StepLog
-from tilefleet_worker.step import StepPlan, StepResult
+from tilefleet_worker.step import StepPlan
 from tilefleet_worker.watchdog import Watchdog
 
 LOGGER = logging.getLogger(__name__)
@@ -23,18 +24,6 @@ MAX_RETRY_AFTER_SECONDS = 60
 
 Sink = Callable[[list[Delta]], None]
 Message = Request | tuple[str, Literal["abort", "stop"]]
-
-
-class StepRunner(Protocol):
-    """What the engine needs of a device: the real runner and the fake one both have it."""
-
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute a plan. Running the same rows twice must be harmless."""
-        ...
-
-    def check(self) -> None:
-        """Raise when the device cannot run even a step that is known to be good."""
-        ...
 
 
 class Engine:
@@ -57,7 +46,7 @@ class Engine:
         self.info = info or EngineInfo(
             scheduler.vocab_size, scheduler.max_model_len, scheduler.pool.block_size
         )
-        self._runner = runner
+        self._pipeline = Pipeline(runner, scheduler, clock)
         self._scheduler = scheduler
         self._clock = clock
         self._watchdog = Watchdog(config.stall_seconds)
@@ -229,6 +218,7 @@ class Engine:
         try:
             while (messages := self._next_messages()) is not None:
                 self._publish(self._turn(messages))
+            self._pipeline.drain()
             self._publish(self._scheduler.end_all("abort", None))
         except Exception as error:
             LOGGER.exception("the engine ended")
@@ -239,7 +229,7 @@ class Engine:
     def _next_messages(self) -> list[Message] | None:
         """Wait for something to do. None means stop."""
         with self._wake:
-            while not (self._stopping or self._inbox or self._scheduler.has_work):
+            while not (self._stopping or self._inbox or self._has_work()):
                 self._wake.wait()
             if self._stopping:
                 return None
@@ -247,8 +237,11 @@ class Engine:
             self._inbox.clear()
             return messages
 
+    def _has_work(self) -> bool:
+        return self._scheduler.has_work or self._pipeline.busy
+
     def _turn(self, messages: list[Message]) -> list[Delta]:
-        """Apply what arrived between steps, then make one step."""
+        """Apply what arrived between steps, then let the pipeline make one."""
         began = self._clock()
         deltas: list[Delta] = []
         for message in messages:
@@ -257,12 +250,9 @@ class Engine:
             else:
                 deltas += self._add(message)
         deltas += self._scheduler.expire(began)
-        plan = self._scheduler.schedule()
-        if len(plan):
-            result = self._run(plan)
-            deltas += self._scheduler.commit(plan, result)
-        self._record(plan, began)
-        return deltas
+        made, steps = self._pipeline.turn(began)
+        self._record(steps, began)
+        return deltas + made
 
     def _add(self, request: Request) -> list[Delta]:
         """Hand a request to the scheduler. Whatever that raises ends this request alone."""
@@ -275,39 +265,15 @@ class Engine:
             return []
         return self._scheduler.fail(request.request_id, refusal.message)
 
-    def _run(self, plan: StepPlan) -> StepResult:
-        """Run a plan; when it raises, find the rows at fault so that the others go on."""
-        try:
-            return self._runner.run(plan)
-        except Exception as error:
-            if len(plan) == 1:
-                LOGGER.exception("request %s broke its step", plan.request_ids[0])
-                self._check_device(error)
-                return StepResult({}, {plan.request_ids[0]: f"{type(error).__name__}: {error}"})
-            LOGGER.warning(
-                "a step of %d rows failed (%s): running them one by one", len(plan), error
-            )
-        parts = [self._run(plan.alone(index)) for index in range(len(plan))]
-        return StepResult.joined(parts)
-
-    def _check_device(self, error: Exception) -> None:
-        """Raise EngineError when not the request but the device is broken."""
-        try:
-            self._runner.check()
-        except Exception as broken:
-            raise EngineError(
-                f"The device failed its self-check ({broken}) after: {error}"
-            ) from error
-
-    def _record(self, plan: StepPlan, began: float) -> None:
+    def _record(self, steps: list[tuple[StepPlan, float]], began: float) -> None:
         gauges = self._scheduler.gauges()
         now = self._clock()
         for request_id in self._scheduler.take_started():
             self._started[request_id] = began
         with self._wake:
             self._scheduler_gauges = gauges
-            if len(plan):
-                self._steps.add(plan, now - began)
+            for plan, seconds in steps:
+                self._steps.add(plan, seconds)
                 self._last_step_seconds = self._progress_seconds = now
 
     def _publish(self, deltas: list[Delta]) -> None:

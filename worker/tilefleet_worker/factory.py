@@ -13,12 +13,13 @@ import torch
 
 from tilefleet_worker import attention, gpu_device, models
 from tilefleet_worker.block_pool import BlockPool
-from tilefleet_worker.engine import Engine, StepRunner
+from tilefleet_worker.engine import Engine
 from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.kv_cache import KVCache, block_bytes, num_blocks_for
 from tilefleet_worker.layer_kinds import CacheLayout, LayerKind
 from tilefleet_worker.model_config import ModelConfig
+from tilefleet_worker.pipeline import StepRunner
 from tilefleet_worker.runner import Runner
 from tilefleet_worker.scheduler import Scheduler
 from tilefleet_worker.stats import EngineInfo
@@ -158,6 +159,7 @@ def _on_gpu(
     limits = GPULimits(
         config.max_batch_tokens, min(config.max_concurrent, config.max_batch_tokens),
         config.max_model_len, config.block_size, config.kv_cache_bytes, config.gpu_memory_fraction,
+        config.max_concurrent,
     )  # fmt: skip
     try:
         with torch.inference_mode(), Weights(model_dir, on_progress) as source:

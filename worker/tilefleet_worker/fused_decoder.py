@@ -8,10 +8,10 @@ nothing and a captured graph stays valid.
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from tilefleet_worker.attention.base import AttentionSpec
 from tilefleet_worker.attention.triton.backend import PagedBatch, TritonAttention
+from tilefleet_worker.kernels.embedding import embed
 from tilefleet_worker.kernels.mixture import ExpertWeights, MixtureShape, MixtureSpace, mixture
 from tilefleet_worker.kernels.norm import add_rms_norm
 from tilefleet_worker.kernels.rotary_store import Rotation, rotary_store
@@ -55,11 +55,13 @@ class FusedWeights:
 class StepInputs:
     """One step on the device. All tensors int32."""
 
-    token_ids: torch.Tensor  # [tokens]
+    token_ids: torch.Tensor  # [tokens]; -1 - slot: the newest token of that slot
     positions: torch.Tensor  # [tokens]
     slots: torch.Tensor  # [tokens]: block · block_size + place; -1: store nothing
     paged: PagedBatch
     logits_index: torch.Tensor | None  # tokens whose logits are wanted; None: all
+    newest: torch.Tensor  # [slots]: the token last chosen for each
+    samples: torch.Tensor  # [samples, words]: what the sampler reads; the decoder does not
 
 
 class Workspace:
@@ -124,7 +126,7 @@ class FusedDecoder:
         space, weights = self._workspace, self._weights
         tokens = len(inputs.token_ids)
         residual, normed = space.residual[:tokens], space.normed[:tokens]
-        residual.copy_(functional.embedding(inputs.token_ids, weights.embedding))
+        embed(inputs.token_ids, inputs.newest, weights.embedding, residual)
         delta = None
         eps = self._config.rms_norm_eps
         for index, layer in enumerate(weights.layers):

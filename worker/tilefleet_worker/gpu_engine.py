@@ -8,6 +8,7 @@ from tilefleet_worker.attention.triton.backend import TritonAttention
 from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.fused_decoder import FusedDecoder, FusedWeights, Workspace
 from tilefleet_worker.gpu_runner import GPURunner
+from tilefleet_worker.kernels.sampling import SamplerWorkspace
 from tilefleet_worker.kv_cache import KVCache, num_blocks_for
 from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.step_inputs import InputBuffer
@@ -18,7 +19,10 @@ MARGIN_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class GPULimits:
-    """What the runner is built for. kv_cache_bytes 0: what the device has left."""
+    """What the runner is built for. kv_cache_bytes 0: what the device has left.
+
+    max_slots: requests that hold KV blocks; 0: max_rows.
+    """
 
     max_batch_tokens: int
     max_rows: int
@@ -26,6 +30,7 @@ class GPULimits:
     block_size: int
     kv_cache_bytes: int = 0
     memory_fraction: float = 0.92
+    max_slots: int = 0
 
 
 def build_runner(
@@ -43,14 +48,17 @@ def build_runner(
     max_logits = limits.max_rows
     workspace = Workspace(config, limits.max_batch_tokens, max_logits, dtype, device)
     max_blocks = -(-limits.max_context // limits.block_size)
+    slots = max(limits.max_rows, limits.max_slots)
+    sampler = SamplerWorkspace(config.vocab_size, limits.max_rows, slots, device)
     inputs = InputBuffer(
-        limits.max_batch_tokens, limits.max_rows, max_blocks, attention.prefill_tile.rows, device
-    )
+        limits.max_batch_tokens, limits.max_rows, max_blocks, attention.prefill_tile.rows,
+        sampler.newest,
+    )  # fmt: skip
     pool_bytes = _pool_bytes(limits, device)
     blocks = num_blocks_for(config, limits.block_size, pool_bytes, dtype)
     cache = KVCache(config, blocks, limits.block_size, dtype, device)
     decoder = FusedDecoder(config, weights, workspace)
-    return GPURunner(decoder, cache, attention, inputs, limits.max_rows, device), cache
+    return GPURunner(decoder, cache, attention, inputs, sampler), cache
 
 
 def _pool_bytes(limits: GPULimits, device: torch.device) -> int:

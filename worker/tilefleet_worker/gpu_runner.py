@@ -4,30 +4,34 @@ CUDA and ROCm by the same calls. On a CPU it runs the same kernels in Triton's i
 graphs, for tests.
 """
 
-import logging
-from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from tilefleet_worker.attention.triton.backend import TritonAttention
 from tilefleet_worker.errors import EngineError
-from tilefleet_worker.fused_decoder import FusedDecoder
+from tilefleet_worker.fused_decoder import FusedDecoder, StepInputs
+from tilefleet_worker.gpu_step import LaunchedStep, Mailbox
 from tilefleet_worker.graphs import DecodeGraphs
+from tilefleet_worker.kernels.sampling import SamplerWorkspace, choose_tokens
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.request import SamplingParams
-from tilefleet_worker.sampler import sample
 from tilefleet_worker.step import StepPlan, StepResult, StepRow
-from tilefleet_worker.step_inputs import InputBuffer, StepArrays, lay_out
+from tilefleet_worker.step_arrays import Ints, StepArrays, lay_out
+from tilefleet_worker.step_inputs import InputBuffer
 
-LOGGER = logging.getLogger(__name__)
 # A larger step takes so long on the device that its launches are hidden behind it.
 MAX_GRAPH_ROWS = 512
 _CHECK_ID = "self-check"
 
 
 class GPURunner:
-    """Owns decoder, cache and graphs; keeps nothing about requests, so a row can be run again."""
+    """Owns decoder, cache and graphs; keeps the newest token of each slot, else nothing.
+
+    `launch` returns at once. All launches are on one stream, so that a step finds what the one
+    before it wrote: KV and newest tokens. A row can be run again.
+    """
 
     def __init__(
         self,
@@ -35,74 +39,72 @@ class GPURunner:
         cache: KVCache,
         attention: TritonAttention,
         inputs: InputBuffer,
-        max_rows: int,
-        device: torch.device,
+        sampler: SamplerWorkspace,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._attention = attention
         self._inputs = inputs
-        self._max_rows = max_rows
-        most = min(max_rows, MAX_GRAPH_ROWS)
+        self._sampler = sampler
+        self._max_rows = len(sampler.tokens)
+        device = sampler.tokens.device
+        self._mailbox = Mailbox(self._max_rows, device)
+        most = min(self._max_rows, MAX_GRAPH_ROWS)
         self._graphs = DecodeGraphs(most, device) if device.type == "cuda" else None
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute all rows of a plan in one pass. Raises what the framework raises."""
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begin a step behind those launched before. Reads the plan now, and waits for nothing.
+
+        At most one step may be under way whose result was not asked for. Raises IndexError when a
+        row reaches beyond its blocks or the step beyond what the runner was built for.
+        """
         with torch.inference_mode():
             arrays = lay_out(plan, self._cache.block_size)
-            logits = self._logits(arrays)
-            if arrays.logits_index is None:
-                return self._sampled_plain(plan, logits)
-            rows = _in_order(plan, arrays)
-            result = sample(logits, rows) if rows else StepResult({})
-            self._scrub(rows, result)
-            return result
-
-    def _sampled_plain(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
-        """Tokens of a step in which every row wants the likeliest one; others go row by row."""
-        if plan.table.temperature[plan.slots].any():
-            result = sample(logits, plan.rows)
-            self._scrub(plan.rows, result)
-            return result
-        highest, best = (part.tolist() for part in logits.max(dim=-1))
-        if not np.isfinite(highest).all():
-            result = sample(logits, plan.rows)
-            self._scrub(plan.rows, result)
-            return result
-        return StepResult(dict(zip(plan.request_ids, best, strict=True)))
-
-    def _scrub(self, rows: Sequence[StepRow], result: StepResult) -> None:
-        for row in rows:
-            if row.request_id in result.faults:
-                self._cache.scrub(row.block_ids)
+            logits, places = self._compute(arrays)
+            rows, index = _left_to_host(plan, arrays)
+            found = None
+            if rows:
+                index = index if places is None else places[index]
+                found = self._mailbox.receive_logits(logits[index.tolist()])
+            tokens = self._mailbox.receive(self._sampler.tokens[: len(arrays.samples)])
+            arrived = self._mailbox.arrival()
+        return LaunchedStep(tokens, _ids(plan, arrays), arrays, self._cache, rows, found, arrived)
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Logits fp32 [sampled rows, vocabulary] in the order of the plan's sampled rows."""
         with torch.inference_mode():
             arrays = lay_out(plan, self._cache.block_size)
-            logits = self._logits(arrays)
+            logits, places = self._compute(arrays)
+            if places is not None:
+                logits = logits[places.tolist()]
             if arrays.order is None:
                 return logits
             place = {id(row): index for index, row in enumerate(_in_order(plan, arrays))}
             return logits[[place[id(row)] for row in plan.rows if row.sample]]
 
-    def _logits(self, arrays: StepArrays) -> torch.Tensor:
-        """Logits that `arrays` want, in their order. Valid until the next step."""
+    def _compute(self, arrays: StepArrays) -> tuple[torch.Tensor, Ints | None]:
+        """Launch a step: logits, valid until the next one, and in which rows those wanted are.
+
+        None: they are as `arrays` wants them. The sampler's tokens are for `arrays.samples`.
+        """
         graphs = self._graphs
         if graphs is None or not arrays.decode_only or arrays.num_rows > graphs.sizes[-1]:
-            return self._forward_mixed(arrays)
+            return self._forward(self._inputs.mixed(arrays)), None
         padded = graphs.padded(arrays.num_rows)
         inputs = self._inputs.decode(arrays, padded)
-        logits = graphs.replay(
-            padded, lambda: self._decoder.forward(inputs, self._attention, self._cache)
-        )
-        if arrays.logits_index is None:
-            return logits[: arrays.num_rows]
-        return logits[torch.from_numpy(arrays.logits_index).to(logits.device)]
+        logits = graphs.replay(padded, lambda: self._forward(inputs))
+        return logits[: arrays.num_rows], arrays.logits_index
 
-    def _forward_mixed(self, arrays: StepArrays) -> torch.Tensor:
-        inputs = self._inputs.mixed(arrays)
-        return self._decoder.forward(inputs, self._attention, self._cache)
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits of a step whose tokens are chosen behind them. Launches only."""
+        logits = self._decoder.forward(inputs, self._attention, self._cache)
+        if len(inputs.samples):
+            choose_tokens(logits, inputs.samples, self._sampler)
+        return logits
 
     @property
     def graph_facts(self) -> dict[str, int]:
@@ -118,12 +120,7 @@ class GPURunner:
         with torch.inference_mode():
             for padded in reversed(self._graphs.sizes):
                 inputs = self._inputs.decode(None, padded)
-                self._graphs.capture(
-                    padded,
-                    lambda inputs=inputs: self._decoder.forward(  # type: ignore[misc]
-                        inputs, self._attention, self._cache
-                    ),
-                )
+                self._graphs.capture(padded, partial(self._forward, inputs))
 
     def warm_up(self, max_tokens: int) -> None:
         """Compile and load every kernel and run them once. Writes to the spare block."""
@@ -158,6 +155,31 @@ def _in_order(plan: StepPlan, arrays: StepArrays) -> tuple[StepRow, ...]:
     """Rows that want logits, in the order of the arrays."""
     order = range(len(plan)) if arrays.order is None else arrays.order.tolist()
     return tuple(row for row in (plan.rows[index] for index in order) if row.num_logits)
+
+
+def _left_to_host(plan: StepPlan, arrays: StepArrays) -> tuple[tuple[StepRow, ...], Ints]:
+    """Rows that the host chooses or scores, and the rows of their logits as `arrays` wants them."""
+    if len(arrays.samples) == len(plan):
+        return (), np.zeros(0, np.int64)
+    here = set(arrays.sampled.tolist())
+    order = range(len(plan)) if arrays.order is None else arrays.order.tolist()
+    rows: list[StepRow] = []
+    places: list[int] = []
+    first = 0
+    for index in order:
+        row = plan.rows[index]
+        if index not in here and row.num_logits:
+            rows.append(row)
+            places.extend(range(first, first + row.num_logits))
+        first += row.num_logits
+    return tuple(rows), np.array(places, np.int64)
+
+
+def _ids(plan: StepPlan, arrays: StepArrays) -> list[str]:
+    """Requests whose tokens the device chooses, in the order of the samples."""
+    if arrays.order is None:
+        return plan.request_ids
+    return [plan.request_ids[index] for index in arrays.sampled.tolist()]
 
 
 def probe(start: int, token_ids: tuple[int, ...], block_ids: tuple[int, ...]) -> StepRow:

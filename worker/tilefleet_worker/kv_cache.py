@@ -85,6 +85,10 @@ class KVCache:
         """Id of the block that belongs to no request."""
         return self.num_blocks
 
+    def num_blocks_of(self, num_tokens: int) -> int:
+        """Blocks that hold this many tokens of a request."""
+        return -(-num_tokens // self.block_size)
+
     def layer(self, index: int) -> torch.Tensor:
         """Keys and values of one layer: [2, blocks + 1, block_size, kv_heads, head_dim]."""
         return self._layers[self.layout.places[index]]

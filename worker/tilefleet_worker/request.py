@@ -113,12 +113,12 @@ class SamplingParams:
 
     @property
     def plain(self) -> bool:
-        """True when a step needs only logits, temperature, top-k, top-p, seed and position.
+        """True when a step needs only logits, temperature, top-k, top-p, min-p, seed and position.
 
         min_tokens does not count as such: it bans tokens by what was generated so far.
         """
         scored = self.logprobs is not None or self.prompt_logprobs is not None
-        return self.min_tokens == 0 and self.min_p == 0.0 and not self.reshapes and not scored
+        return self.min_tokens == 0 and not self.reshapes and not scored
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilefleet_worker.layer_kinds import FULL, LayerKind
-from tilefleet_worker.request import Request
+from tilefleet_worker.request import Request, SamplingParams
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -20,6 +20,20 @@ Bools = npt.NDArray[np.bool_]
 FREE = -1
 # No token: pads the rows of end_token_ids.
 NO_TOKEN = -1
+# What the device's sampler reads of a row, 12 words of 4 bytes. slot: where its token is kept, or
+# -1: the device chooses none. logits_row and position are the step's, all else is the request's.
+SAMPLER = np.dtype(
+    [
+        ("slot", np.int32),
+        ("logits_row", np.int32),
+        ("position", np.int32),
+        ("top_k", np.int32),
+        ("temperature", np.float64),
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("seed", np.uint64),
+    ]
+)
 
 
 class KindTable:
@@ -107,13 +121,9 @@ class RequestTable:
         self.last_token = np.zeros(num_slots, np.int64)  # the newest committed token
         self.num_cached = np.zeros(num_slots, np.int64)  # see Sequence.num_cached_tokens
         self.kinds = tuple(KindTable(num_slots, max_spans, kind.width) for kind in kinds)
-        # What the sampler reads, so that a batch is sampled without its requests.
-        self.temperature = np.zeros(num_slots, np.float32)
-        self.top_p = np.ones(num_slots, np.float32)
-        self.top_k = np.zeros(num_slots, np.int64)
-        self.seed = np.zeros(num_slots, np.uint64)
+        self.sampler = np.zeros(num_slots, SAMPLER)  # so that a batch needs none of its requests
         self.plain = np.zeros(num_slots, np.bool_)
-        """True: the next token depends on logits, temperature, top-k, top-p, seed and position."""
+        """True: the next token depends on logits and what is in `sampler`."""
         # How many rows of end_token_ids name each token.
         self._num_ending: Counter[int] = Counter()
         self._free = list(range(num_slots - 1, -1, -1))
@@ -149,12 +159,15 @@ class RequestTable:
         self.end_token_ids[slot] = NO_TOKEN
         self.end_token_ids[slot, : len(end_token_ids)] = end_token_ids
         self._num_ending.update(end_token_ids)
-        self.temperature[slot] = params.temperature
-        self.top_p[slot] = params.top_p
-        self.top_k[slot] = params.top_k
-        self.seed[slot] = request.sampling_seed()
+        self.set_sampler(slot, params, request.sampling_seed())
         self.plain[slot] = params.plain and request.constraint is None
         return slot
+
+    def set_sampler(self, slot: int, params: SamplingParams, seed: int) -> None:
+        """Note how the tokens of a request are drawn."""
+        self.sampler[slot] = (
+            slot, 0, 0, params.top_k, params.temperature, params.top_p, params.min_p, seed,
+        )  # fmt: skip
 
     def _widen(self, num_end_tokens: int) -> None:
         missing = num_end_tokens - self.end_token_ids.shape[1]

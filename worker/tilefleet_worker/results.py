@@ -7,6 +7,7 @@ Knows no budget and no queue.
 from array import array
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import repeat
 
 import numpy as np
@@ -54,6 +55,17 @@ class Results:
         if self._windows:
             self._drop_unseen(self._alive(plan))
         return deltas + errors if errors else deltas
+
+    def discard(self, plan: StepPlan) -> None:
+        """Forget that these tokens were scheduled."""
+        plan = self._alive(plan)
+        self._table.num_scheduled[plan.slots] = plan.starts
+        self._table.num_ahead[plan.slots] -= plan.sample
+
+    def settled(self, plan: StepPlan) -> StepPlan:
+        """The rows of requests that still run, none of them with a pending token."""
+        alive = self._alive(plan)
+        return replace(alive, pending=np.zeros(len(alive), np.bool_))
 
     def _take_scores(self, plan: StepPlan, found: Mapping[str, tuple[TokenLogprob, ...]]) -> None:
         for request_id, start in zip(plan.request_ids, plan.starts.tolist(), strict=True):

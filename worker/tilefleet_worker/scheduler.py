@@ -28,6 +28,7 @@ MAX_OVERTAKEN = 64
 ADMISSION_WINDOW = 16
 # Positions of prompts whose logits one step keeps: 256 · 150,000 fp32 logits are 154 MB.
 MAX_SCORED_TOKENS = 256
+_NOBODY: Ints = np.zeros(0, np.int64)
 
 
 class Scheduler:
@@ -106,9 +107,12 @@ class Scheduler:
 
         An empty plan is legal. Allocates blocks; computes nothing. May be called once more before
         the commit of the step before: a request whose next token has no name yet then gets a row
-        with a pending token where that is possible, and no row otherwise.
+        with a pending token where that is possible, and no row otherwise. Where that step must end
+        before blocks can be taken from anybody, the plan is empty.
         """
         preempted = self._grow_running()
+        if preempted is None:
+            return self._plan(_NOBODY, _NOBODY, None)
         slots = self._roster.slots
         remaining = self._remaining(slots)
         is_decode = remaining == 1
@@ -159,21 +163,27 @@ class Scheduler:
             ends = ends - drafts
         sample = ends == known + table.num_ahead[slots]
         table.num_ahead[slots] += sample
+        if len(slots):
+            self.pool.begin_step()
         owners, epochs = tuple(self._roster.owners(slots)), table.epoch[slots]
         return StepPlan(table, owners, slots, epochs, starts, lengths, sample, ends > known, drafts)
 
-    def _grow_running(self) -> bool:
+    def _grow_running(self) -> bool | None:
         """Give every running request blocks for its next tokens, in the order of turns.
 
         Where blocks run out, those whose turn is last lose theirs. Returns whether that happened:
-        a step that preempts must not admit, or the two would undo each other.
+        a step that preempts must not admit, or the two would undo each other. None: it would have
+        to happen, but a step under way still uses those blocks.
         """
         preempted = False
         for index in range(len(self.pool.kinds)):
-            preempted |= self._grow_kind(index)
+            grown = self._grow_kind(index)
+            if grown is None:
+                return None
+            preempted |= grown
         return preempted
 
-    def _grow_kind(self, index: int) -> bool:
+    def _grow_kind(self, index: int) -> bool | None:
         table, slots, running = self._table, self._roster.slots, self._roster.running
         kind, held = self.pool.kinds[index], self._table.kinds[index]
         wanted = table.num_tokens[slots] + table.num_ahead[slots]
@@ -187,6 +197,9 @@ class Scheduler:
         if int(missing.max()) == 1 and len(short) * kind.width <= self.pool.num_available:
             held.append_each(slots[short], self.pool.allocate(len(short), index))
             return False
+        blocks = int(missing[short].sum()) * kind.width
+        if self.pool.num_steps_under_way and blocks > self.pool.num_available:
+            return None
         preempted = False
         for sequence, count in [(running[i], int(missing[i])) for i in short.tolist()]:
             while sequence.is_running and self.pool.num_available < count * kind.width:
@@ -284,7 +297,25 @@ class Scheduler:
 
         Steps are committed in the order in which they were scheduled.
         """
+        if len(plan):
+            self.pool.end_step()
         return self._results.commit(plan, result)
+
+    def discard(self, plan: StepPlan) -> None:
+        """Take the newest step back as if it had not been scheduled: its rows come again.
+
+        The device must be done with it.
+        """
+        if len(plan):
+            self.pool.end_step()
+        self._results.discard(plan)
+
+    def settled(self, plan: StepPlan) -> StepPlan:
+        """The rows of requests that still run, to be computed again.
+
+        All steps before it must be committed, so that every token has a name.
+        """
+        return self._results.settled(plan)
 
     # Endings ------------------------------------------------------------------------------------
 

@@ -202,7 +202,7 @@ def _enter(table: RequestTable, row: StepRow) -> int:
     table.start_at(slot, row.start, 0)
     table.kinds[0].extend(slot, row.block_ids)
     table.last_token[slot] = row.token_ids[-1] if row.token_ids else 0
-    table.seed[slot] = row.seed
+    table.set_sampler(slot, row.params, row.seed)
     plain = row.params.plain and not row.banned_token_ids
     table.plain[slot] = plain and row.constraint is None and not row.targets
     return slot

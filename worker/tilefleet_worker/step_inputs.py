@@ -1,6 +1,4 @@
-"""A plan as the device reads it: laid out in numpy, sent in one copy."""
-
-from dataclasses import dataclass
+"""A step's arrays as the device reads them, sent in one copy."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,74 +7,9 @@ import torch
 from tilefleet_worker.attention.triton.backend import PagedBatch
 from tilefleet_worker.attention.triton.prefill import query_tiles
 from tilefleet_worker.fused_decoder import StepInputs
-from tilefleet_worker.step import StepPlan
-
-Ints = npt.NDArray[np.integer]
-
-
-@dataclass(frozen=True, slots=True)
-class StepArrays:
-    """A plan in arrays. Rows of one token first, then longer ones; tokens in that order."""
-
-    order: Ints | None
-    """Index in the plan of each row here; None: the order of the plan."""
-    num_decodes: int
-    token_ids: Ints  # [tokens]
-    positions: Ints  # [tokens]
-    slots: Ints  # [tokens]: block · block_size + place
-    context_lens: Ints  # [rows]
-    lengths: Ints  # [rows]
-    block_table: Ints  # [rows, blocks of the widest]
-    logits_index: Ints | None
-    """Tokens whose logits are wanted, row by row; None: those of all tokens."""
-
-    @property
-    def num_rows(self) -> int:
-        """Requests of the step."""
-        return len(self.context_lens)
-
-    @property
-    def decode_only(self) -> bool:
-        """True when every row is one token: such a step can be a captured graph."""
-        return self.num_decodes == self.num_rows
-
-
-def lay_out(plan: StepPlan, block_size: int) -> StepArrays:
-    """Lay out a plan that has rows. Raises IndexError when a row reaches beyond its blocks."""
-    table, ends = plan.table, plan.ends
-    beyond = np.flatnonzero(ends > table.num_blocks[plan.slots] * block_size)
-    if len(beyond):
-        raise IndexError(f"request {plan.request_ids[beyond[0]]} reaches beyond its blocks")
-    width = -(-int(ends.max()) // block_size)
-    if bool((plan.lengths == 1).all() and plan.sample.all() and table.plain[plan.slots].all()):
-        blocks = table.block_ids[plan.slots, :width]
-        place = blocks[np.arange(len(plan)), plan.starts // block_size]
-        return StepArrays(
-            None, len(plan), table.last_token[plan.slots], plan.starts,
-            place * block_size + plan.starts % block_size, ends, plan.lengths, blocks, None,
-        )  # fmt: skip
-    return _lay_out_rows(plan, width, block_size)
-
-
-def _lay_out_rows(plan: StepPlan, width: int, block_size: int) -> StepArrays:
-    """The general case: rows of any length, spelled out."""
-    order = np.argsort(plan.lengths > 1, kind="stable")
-    rows = [plan.rows[index] for index in order.tolist()]
-    lengths, ends = plan.lengths[order], plan.ends[order]
-    blocks = plan.table.block_ids[plan.slots[order], :width]
-    row_of = np.repeat(np.arange(len(rows)), lengths)
-    last = np.cumsum(lengths)  # tokens before the end of each row
-    positions = np.arange(last[-1]) - (last - ends)[row_of]
-    places = blocks[row_of, positions // block_size] * block_size + positions % block_size
-    token_ids = np.fromiter((t for row in rows for t in row.token_ids), np.int64, int(last[-1]))
-    wanted = [
-        np.append(first + np.arange(len(row.targets)), [end - 1] * row.sample)
-        for row, first, end in zip(rows, last - lengths, last, strict=True)
-    ]
-    return StepArrays(
-        order, int((lengths == 1).sum()), token_ids, positions, places, ends, lengths, blocks,
-        np.concatenate(wanted).astype(np.int64),
-    )  # fmt: skip
+from tilefleet_worker.kernels.sampling import WORDS
+from tilefleet_worker.request_table import SAMPLER
+from tilefleet_worker.step_arrays import StepArrays
 
 
 class StepTooLargeError(IndexError):
@@ -135,33 +68,49 @@ class InputBuffer:
     """
 
     def __init__(
-        self, max_tokens: int, max_rows: int, max_blocks: int, tile_rows: int, device: torch.device
+        self,
+        max_tokens: int,
+        max_rows: int,
+        max_blocks: int,
+        tile_rows: int,
+        newest: torch.Tensor,
     ) -> None:
+        """newest: int32 [slots] on the device: the token that was last chosen for each slot."""
         self._width = max_blocks
         self._tile_rows = tile_rows
-        self._limits = (max_tokens, max_rows, max_blocks)
+        self._limits = (max_tokens, max_rows, max_blocks, len(newest))
+        self._newest = newest
         most_tiles = max_tokens // tile_rows + max_rows
         # Logits are wanted of any token of a scored prompt; each part may be padded by 3.
-        size = 4 * max_tokens + (2 + max_blocks) * max_rows + 4 * most_tiles + 3 * 7
-        self._staging = Staging(size, device)
+        size = 4 * max_tokens + (2 + max_blocks + WORDS) * max_rows + 4 * most_tiles + 3 * 8
+        self._staging = Staging(size, newest.device)
 
     def decode(self, arrays: StepArrays | None, padded_rows: int) -> StepInputs:
         """Send decodes, padded to a number of rows; None sends padding alone, for a capture."""
         count = padded_rows
         rows = 0 if arrays is None else arrays.num_rows
         self._check(arrays, count)
-        parts = self._parts((count, count, count, count, count * self._width))
+        parts = self._parts((count, count, count, count, count * self._width, count * WORDS))
         host = self._staging.host()
-        token_ids, positions, slots, contexts, table = (host[part] for part in parts)
+        token_ids, positions, slots, contexts, table, samples = (host[part] for part in parts)
         for target, padding in ((token_ids, 0), (positions, 0), (slots, -1), (contexts, 0)):
             target[rows:] = padding
+        chosen = 0
         if arrays is not None:
             token_ids[:rows], positions[:rows] = arrays.token_ids, arrays.positions
             slots[:rows], contexts[:rows] = arrays.slots, arrays.context_lens
             table.reshape(count, -1)[:rows, : arrays.block_table.shape[1]] = arrays.block_table
+            chosen = len(arrays.samples)
+            drawn = samples.view(SAMPLER)
+            drawn[:chosen] = arrays.samples
+            if arrays.logits_index is not None:  # the graph makes the logits of all rows
+                drawn["logits_row"][:chosen] = arrays.logits_index[arrays.samples["logits_row"]]
+        samples.reshape(count, WORDS)[chosen:, 0] = -1
         views = self._staging.send(parts)
         paged = PagedBatch(count, views[4].view(count, -1), views[3], None)
-        return StepInputs(views[0], views[1], views[2], paged, None)
+        return StepInputs(
+            views[0], views[1], views[2], paged, None, self._newest, views[5].view(count, WORDS)
+        )
 
     def mixed(self, arrays: StepArrays) -> StepInputs:
         """Send rows of any lengths as they are."""
@@ -170,13 +119,14 @@ class InputBuffer:
         logits = 0 if index is None else len(index)
         lengths = np.where(np.arange(rows) < arrays.num_decodes, 0, arrays.lengths)
         tiles = query_tiles(lengths, arrays.context_lens, self._tile_rows, arrays.num_decodes)
-        sizes = (tokens, tokens, tokens, rows, rows * self._width, logits, tiles.size)
+        words = len(arrays.samples) * WORDS
+        sizes = (tokens, tokens, tokens, rows, rows * self._width, logits, tiles.size, words)
         parts = self._parts(sizes)
         host = self._staging.host()
         for part, values in zip(
             parts,
             (arrays.token_ids, arrays.positions, arrays.slots, arrays.context_lens, None,
-             index, tiles.reshape(-1)),
+             index, tiles.reshape(-1), arrays.samples.view(np.int32)),
             strict=True,
         ):  # fmt: skip
             if values is not None:
@@ -188,7 +138,10 @@ class InputBuffer:
             arrays.num_decodes, views[4].view(rows, -1), views[3],
             views[6].view(-1, 4) if tiles.size else None,
         )  # fmt: skip
-        return StepInputs(views[0], views[1], views[2], paged, None if index is None else views[5])
+        return StepInputs(
+            views[0], views[1], views[2], paged, None if index is None else views[5],
+            self._newest, views[7].view(-1, WORDS),
+        )  # fmt: skip
 
     @staticmethod
     def _parts(sizes: tuple[int, ...]) -> list[slice]:
@@ -201,11 +154,13 @@ class InputBuffer:
 
     def _check(self, arrays: StepArrays | None, rows: int) -> None:
         """Raise StepTooLargeError when the step has more than the buffer was made for."""
-        tokens = width = 0
+        tokens = width = slots = 0
         if arrays is not None:
             tokens, width = len(arrays.token_ids), arrays.block_table.shape[1]
-        found = (max(tokens, rows), rows, width)
-        names = ("tokens", "rows", "blocks of a request")
+            if len(arrays.samples):
+                slots = int(arrays.samples["slot"].max()) + 1
+        found = (max(tokens, rows), rows, width, slots)
+        names = ("tokens", "rows", "blocks of a request", "slots")
         for name, value, limit in zip(names, found, self._limits, strict=True):
             if value > limit:
                 raise StepTooLargeError(
