@@ -6,9 +6,20 @@ import signal
 import sys
 from pathlib import Path
 
+from tests.faults.life import STAGES
 from tests.faults.operators import LEASE_SECONDS
-from tests.faults.results import Results, whole
+from tests.faults.results import Point, Results, whole
 from tests.faults.sweep import FAULTS, LANES, run
+
+
+def _points(text: str) -> list[Point]:
+    found = []
+    for one in filter(None, text.split(",")):
+        stage, _, number = one.partition(":")
+        if stage not in STAGES:
+            raise argparse.ArgumentTypeError(f"{one}: no stage of {', '.join(STAGES)}")
+        found.append(Point(stage, int(number)))
+    return found
 
 
 def main() -> int:
@@ -17,8 +28,9 @@ def main() -> int:
         "--faults", default=",".join(FAULTS), help=f"which, by comma; default all: {FAULTS}"
     )
     parser.add_argument(
-        "--writes", default="", help="at which, by comma, 0 for the deletion; default: at each"
-    )
+        "--writes", default="", type=_points, metavar="STAGE:N,...",
+        help=f"at which writes of which stages, 0 for the beginning; default: at each; {STAGES}",
+    )  # fmt: skip
     parser.add_argument(
         "--results", type=Path, metavar="FILE",
         help="JSON lines; a sweep that was stopped goes on after the cases that stand in it",
@@ -33,14 +45,15 @@ def main() -> int:
     unknown = set(faults) - set(FAULTS)
     if unknown:
         parser.error(f"--faults {','.join(sorted(unknown))}: not among {', '.join(FAULTS)}")
-    points = [int(number) for number in filter(None, arguments.writes.split(","))]
 
     async def until_stopped() -> bool:
         this = asyncio.current_task()
         assert this is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
         results = Results(arguments.results)
-        return whole(await run(faults, points, results, arguments.lanes, arguments.lease_seconds))
+        return whole(
+            await run(faults, arguments.writes, results, arguments.lanes, arguments.lease_seconds)
+        )
 
     try:
         return 0 if asyncio.run(until_stopped()) else 1

@@ -42,9 +42,9 @@ class Bench:
         return 200 + 10 * self.lease_seconds
 
     @property
-    def num_writes(self) -> int:
-        """Writes of the undisturbed life."""
-        return sum(map(len, self.golden.writes.values()))
+    def num_writes(self) -> dict[str, int]:
+        """Writes in each stage of the undisturbed life."""
+        return {stage: len(found) for stage, found in self.golden.writes.items()}
 
     async def life(self, namespace: str) -> Life:
         """A new life in a namespace of its own."""

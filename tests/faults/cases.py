@@ -11,7 +11,7 @@ from tests.faults.bench import Bench
 from tests.faults.life import STAGES, STEADY_SECONDS, Life, Problem
 from tests.faults.operators import Clock, Supervisor
 from tests.faults.proxy import RESTART, Candidate
-from tests.faults.results import NO_WRITE, Verdict
+from tests.faults.results import Case, Point, Verdict
 
 TAKE_OVER_SECONDS = 120.0
 """Far more than a follower needs for a Lease that ended, or a process to end: machines are busy."""
@@ -21,27 +21,32 @@ After = Callable[[], Coroutine[Any, Any, list[Problem]]]
 
 
 async def live(
-    bench: Bench, life: Life, fault: str, at: int, leader: Leader, after: After | None = None
+    bench: Bench, life: Life, case: Case, leader: Leader, after: After | None = None
 ) -> None:
-    """One life up to the end of the stage in which the fault came, then its deletion."""
+    """One life up to the end of the stage in which the fault comes, then its deletion."""
+    fault, at = case
     script = bench.proxy.script(life.namespace)
-    script.fault, script.at = fault, at
     verdict = Verdict(fault, at)
     limit = bench.limit_seconds * (2 if fault == RESTART else 1)
     begun = time.monotonic()
-    for stage in (STAGES[0], STAGES[-1]) if at == NO_WRITE else STAGES:
-        last = stage == STAGES[-1]
-        if verdict.stage and not last:
-            continue
+    for stage in _stages(at):
+        here = stage == at.stage
+        if here:
+            # What the stage before still writes counts for this one.
+            script.fault = fault
+            script.at = len(script.writes) + at.number if at.number else 0
         await life.begin(stage)
-        if last and at == NO_WRITE:
+        if here and not at.number:
             await _strike(bench, life.namespace, leader)
         await _until_struck_or_reached(life, stage, script.struck, limit)
-        if script.fired and not verdict.stage:
-            verdict.stage = stage
+        if here and not script.fired:
+            await asyncio.sleep(STEADY_SECONDS)  # one more status may come
+        script.at = 0  # the next stage is not disturbed
+        if here and script.fired:
+            verdict.reached = True
             if after is not None:
                 verdict.problems += await after()
-        await life.reach(stage, limit, STEADY_SECONDS if verdict.stage == stage else 0.0)
+        await life.reach(stage, limit, STEADY_SECONDS if here else 0.0)
     life.over()
     verdict.problems += life.problems
     verdict.problems += [Problem("impatient", what) for what in script.impatient]
@@ -50,6 +55,14 @@ async def live(
     verdict.looks, verdict.writes = life.looks, len(script.writes)
     verdict.pods = sum(life.created.values())
     bench.results.take(verdict)
+
+
+def _stages(at: Point) -> tuple[str, ...]:
+    """What is lived: all stages up to that of the fault; a deletion needs a fleet only."""
+    last = STAGES[-1]
+    if at.stage == last:
+        return (STAGES[0], last)
+    return (*STAGES[: STAGES.index(at.stage) + 1], last)
 
 
 async def _until_struck_or_reached(
@@ -76,15 +89,15 @@ async def _strike(bench: Bench, namespace: str, leader: Leader) -> None:
         bench.proxy.strike(namespace, found)
 
 
-async def shared(bench: Bench, cases: Sequence[tuple[str, int]], tag: str) -> None:
+async def shared(bench: Bench, cases: Sequence[Case], tag: str) -> None:
     """Cases of one operator that watches a namespace for each."""
     lives = [await bench.life(f"{tag}-{number}") for number in range(len(cases))]
     operator = bench.operator(
         [life.namespace for life in lives], lease_seconds=bench.patient_seconds
     )
     async with operator.running(), asyncio.TaskGroup() as group:
-        for life, (fault, at) in zip(lives, cases, strict=True):
-            group.create_task(live(bench, life, fault, at, lambda: operator.candidate))
+        for life, case in zip(lives, cases, strict=True):
+            group.create_task(live(bench, life, case, lambda: operator.candidate))
     _judge_exits(bench, operator)
 
 
@@ -94,18 +107,19 @@ def _judge_exits(bench: Bench, operator: Supervisor) -> None:
     lost = [line for line in ends if "has not renewed its Lease" in line]
     if len(ends) > len(lost) or len(operator.exits) > len(lost):
         problem = Problem("process", f"the operator ended {operator.exits}: {ends}")
-        bench.results.take(Verdict(operator.name, NO_WRITE, "all", [problem]))
+        bench.results.take(Verdict(operator.name, Point("all", 0), True, [problem]))
 
 
-async def alone(bench: Bench, fault: str, at: int, tag: str) -> None:
+async def alone(bench: Bench, case: Case, tag: str) -> None:
     """One case with operators of its own."""
     life = await bench.life(tag)
     async with AsyncExitStack() as stack:
+        fault = case[0]
         clock = Clock(bench.api.folder / f"{tag}.clock") if fault.startswith("clock") else None
         pair = [bench.operator([tag])]
         await stack.enter_async_context(pair[0].running(clock))
         if fault != "stopped":
-            await live(bench, life, fault, at, lambda: bench.proxy.holder(tag))
+            await live(bench, life, case, lambda: bench.proxy.holder(tag))
             return
         pair.append(bench.operator([tag], "operator-b"))
         await stack.enter_async_context(pair[1].running())
@@ -113,7 +127,7 @@ async def alone(bench: Bench, fault: str, at: int, tag: str) -> None:
         async def after() -> list[Problem]:
             return await _freeze_past_lease(bench, pair, tag)
 
-        await live(bench, life, fault, at, lambda: bench.proxy.holder(tag), after)
+        await live(bench, life, case, lambda: bench.proxy.holder(tag), after)
 
 
 async def _freeze_past_lease(bench: Bench, pair: Sequence[Supervisor], tag: str) -> list[Problem]:

@@ -56,6 +56,7 @@ class Script:
 
     fault: str = ""
     at: int = 0
+    """The number of the write at which it comes, over the whole life from 1; 0 for none."""
     writes: list[str] = field(default_factory=list)
     fired: str = ""
     """The write at which the fault came, "" before."""

@@ -28,8 +28,21 @@ KINDS = {
     "impatient": "a write repeated before its Retry-After",
     "process": "an operator that ended, or did not end, as it must",
 }
-NO_WRITE = 0
-"""In the place of a write's number: the instant at which the fleet is deleted."""
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """When a fault comes: at the n-th write of a stage, from 1; or, at 0, when the stage begins."""
+
+    stage: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}:{self.number}"
+
+
+Case = tuple[str, Point]
+"""A fault and when it comes."""
 
 
 @dataclass
@@ -37,10 +50,9 @@ class Verdict:
     """How one life went."""
 
     fault: str
-    at: int
-    """The number of the write at which the fault came, from 1, or NO_WRITE."""
-    stage: str = ""
-    """The stage in which it came, "" when the life had fewer writes."""
+    at: Point
+    reached: bool = False
+    """Whether the fault came: a life may have fewer writes in a stage."""
     problems: list[Problem] = field(default_factory=list)
     seconds: float = 0.0
     looks: int = 0
@@ -50,8 +62,7 @@ class Verdict:
     @property
     def where(self) -> str:
         """The case in words."""
-        place = "the deletion" if self.at == NO_WRITE else f"write {self.at}"
-        return f"{self.fault} at {place} ({self.stage or 'not reached'})"
+        return f"{self.fault} at {self.at}{'' if self.reached else ' (not reached)'}"
 
 
 class Results:
@@ -64,8 +75,8 @@ class Results:
         if self.logs is not None:
             self.logs.mkdir(exist_ok=True)
         self.verdicts: list[Verdict] = []
-        self.num_writes = 0
-        """Writes of the undisturbed life that the sweep began with."""
+        self.num_writes: dict[str, int] = {}
+        """Writes in each stage of the undisturbed life that the sweep began with."""
         self.total = 0
         self._begun, self._resumed = time.monotonic(), 0
         text = file.read_text() if file is not None and file.exists() else ""
@@ -84,10 +95,11 @@ class Results:
         if "num_writes" in said:
             self.num_writes = said["num_writes"]
         else:
+            said["at"] = Point(**said["at"])
             said["problems"] = [Problem(**one) for one in said["problems"]]
             self.verdicts.append(Verdict(**said))
 
-    def begin(self, num_writes: int) -> None:
+    def begin(self, num_writes: dict[str, int]) -> None:
         """Fix the writes at which faults come, unless a sweep that is continued has done so."""
         if not self.num_writes:
             self.num_writes = num_writes
@@ -98,7 +110,7 @@ class Results:
         self.total = len(self.verdicts) + num_missing
         self._begun, self._resumed = time.monotonic(), len(self.verdicts)
 
-    def missing(self, cases: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    def missing(self, cases: Iterable[Case]) -> list[Case]:
         """The cases that have no verdict yet."""
         done = {(one.fault, one.at) for one in self.verdicts}
         return [case for case in cases if case not in done]
@@ -130,9 +142,9 @@ class Results:
         names = [*faults, *sorted({one.fault for one in self.verdicts} - set(faults))]
         rows = {name: [one for one in self.verdicts if one.fault == name] for name in names}
         for fault, row in [*rows.items(), ("all", self.verdicts)]:
-            reached = [one for one in row if one.stage]
+            reached = [one for one in row if one.reached]
             cells = [_passed(reached)]
-            cells += [_passed(one for one in row if one.stage == stage) for stage in STAGES]
+            cells += [_passed(one for one in reached if one.at.stage == stage) for stage in STAGES]
             cells.append(str(len(row) - len(reached) or "-"))
             lines.append(f"{fault:20}" + "".join(f"{cell:>12}" for cell in cells))
         broken = Counter(problem.kind for one in self.verdicts for problem in one.problems)
@@ -141,7 +153,7 @@ class Results:
 
     def figures(self) -> Json:
         """Counts of cases, of what was looked at, and of what was broken."""
-        reached = [one for one in self.verdicts if one.stage]
+        reached = [one for one in self.verdicts if one.reached]
         broken = Counter(problem.kind for one in self.verdicts for problem in one.problems)
         return {
             "bench": "faults",

@@ -17,7 +17,7 @@ from tests.faults.bench import Bench, bench, undisturbed
 from tests.faults.cases import alone, shared
 from tests.faults.operators import LEASE_SECONDS
 from tests.faults.proxy import ANSWERS, CUTS, PROCESS, RESTART, WATCHES
-from tests.faults.results import NO_WRITE, Results, say
+from tests.faults.results import Case, Point, Results, say
 from tests.faults.view import Json
 
 ALONE = PROCESS
@@ -32,17 +32,18 @@ SHARED_LIVES = 16
 LANES = 16
 """Operators at a time. Cases wait far more than they work."""
 
-Cases = Sequence[tuple[str, int]]
 Job = Callable[[], Coroutine[Any, Any, None]]
 
 
-def all_cases(faults: Sequence[str], points: Sequence[int]) -> list[tuple[str, int]]:
+def all_cases(faults: Sequence[str], points: Sequence[Point]) -> list[Case]:
     """Each fault at each of the points at which it can come; the slow faults first."""
     ordered = sorted(faults, key=lambda fault: (fault != "watch half-open", FAULTS.index(fault)))
-    return [(fault, at) for fault in ordered for at in points if at or fault in WITHOUT_WRITE]
+    return [
+        (fault, at) for fault in ordered for at in points if at.number or fault in WITHOUT_WRITE
+    ]
 
 
-async def sweep(made: Bench, faults: Sequence[str], points: Sequence[int], lanes: int) -> None:
+async def sweep(made: Bench, faults: Sequence[str], points: Sequence[Point], lanes: int) -> None:
     """All cases that have no verdict yet: the faults at these writes, or at each."""
     results = made.results
     await undisturbed(made)
@@ -55,7 +56,7 @@ async def sweep(made: Bench, faults: Sequence[str], points: Sequence[int], lanes
     groups = enumerate(_groups([case for case in missing if case[0] in SHARED]))
     together = [partial(shared, made, some, f"shared-{number}") for number, some in groups]
     single = [
-        partial(alone, made, fault, at, f"{_slug(fault)}-{at}")
+        partial(alone, made, (fault, at), f"{_slug(fault)}-{_slug(str(at))}")
         for fault, at in missing
         if fault in ALONE
     ]
@@ -68,11 +69,13 @@ async def sweep(made: Bench, faults: Sequence[str], points: Sequence[int], lanes
         await shared(made, some, f"restart-{number}")
 
 
-def _every(results: Results) -> list[int]:
-    return [*range(1, results.num_writes + 1), NO_WRITE]
+def _every(results: Results) -> list[Point]:
+    writes = results.num_writes.items()
+    every = [Point(stage, number + 1) for stage, count in writes for number in range(count)]
+    return [*every, *(Point(stage, 0) for stage, count in writes if count == 0)]
 
 
-def _groups(cases: Cases) -> list[Cases]:
+def _groups(cases: Sequence[Case]) -> list[Sequence[Case]]:
     return [cases[start : start + SHARED_LIVES] for start in range(0, len(cases), SHARED_LIVES)]
 
 
@@ -89,12 +92,12 @@ async def _at_most(lanes: int, jobs: Sequence[Job]) -> None:
 
 
 def _slug(text: str) -> str:
-    return text.replace("+", "plus").replace("-1", "minus-1").replace(" ", "-")
+    return text.replace("+", "plus").replace("-1", "minus-1").replace(" ", "-").replace(":", "-")
 
 
 async def run(
     faults: Sequence[str],
-    points: Sequence[int] = (),
+    points: Sequence[Point] = (),
     results: Results | None = None,
     lanes: int = LANES,
     lease_seconds: float = LEASE_SECONDS,
