@@ -69,7 +69,8 @@ RUN vendor=$(python3 -c 'import os, torch; print(os.path.dirname(os.path.dirname
  && mkdir -p /app /var/lib/tilefleet && chown 65532:65532 /var/lib/tilefleet
 ENV PATH=/opt/tilefleet/bin:$PATH PYTHONPATH=/app HOME=/tmp \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
-    TRITON_CACHE_DIR=/var/lib/tilefleet/triton HF_HOME=/var/lib/tilefleet/huggingface
+    TRITON_CACHE_DIR=/var/lib/tilefleet/triton TILEFLEET_KERNELS=/opt/tilefleet/kernels \
+    HF_HOME=/var/lib/tilefleet/huggingface
 WORKDIR /tmp
 COPY --chmod=0644 hack/image/bytecode.py hack/image/dependencies.py locks/uv.txt locks/worker.txt \
      /opt/tilefleet/build/
@@ -82,4 +83,7 @@ EXPOSE 8000 8001
 ENTRYPOINT ["python", "-m", "tilefleet_worker"]
 COPY --chmod=0755 worker/tilefleet_worker /app/tilefleet_worker
 RUN python /opt/tilefleet/build/bytecode.py /app
+# For the named shapes; other models compile theirs at their first start. No GPU is needed.
+RUN python -m tilefleet_worker kernels build --arch gfx942 --arch gfx950 --cache /opt/tilefleet/kernels \
+ && chmod -R a+rX /opt/tilefleet/kernels
 USER 65532:65532

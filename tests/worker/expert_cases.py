@@ -105,7 +105,7 @@ def scaled():
     """Blocks cut at both ends, per tensor, per row; every kind of code; one and two tiles."""
     for rows, columns, block, tokens in (
         (50, 200, (32, 32), 3), (50, 200, (50, 200), 17), (33, 130, (1, 130), 70),
-        (140, 300, (128, 128), 2),
+        (140, 300, (128, 128), 2), (20, 2100, (128, 128), 3), (20, 2100, (20, 2100), 66),
     ):  # fmt: skip
         for kind in (E4M3, FNUZ, torch.int8):
             matrix = random_matrix((rows, columns), block, kind)

@@ -17,7 +17,8 @@ import triton
 
 from tilefleet_worker.compilation.page import as_markdown
 from tilefleet_worker.compilation.report import Report
-from tilefleet_worker.compilation.variants import ARCHITECTURES, variants
+from tilefleet_worker.compilation.target_driver import ARCHITECTURES
+from tilefleet_worker.compilation.variants import variants
 
 REFERENCE = Path(__file__).parents[2] / "docs/reference"
 STORED: dict[str, Any] = json.loads((REFERENCE / "kernels.json").read_text())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 _USAGE = """usage: python -m tilefleet_worker serve --model URI [flags]
        python -m tilefleet_worker serve --help
        python -m tilefleet_worker kernels [--arch gfx942] [--output json]
+       python -m tilefleet_worker kernels build --arch gfx942 --cache FOLDER [--model NAME|FOLDER]
        python -m tilefleet_worker roofline [--model NAME|FOLDER] [--accelerator MI300X]
        python -m tilefleet_worker version
 """

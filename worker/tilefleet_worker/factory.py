@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tilefleet_worker import attention, gpu_device, models
+from tilefleet_worker import attention, gpu_device, kernel_cache, models
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.engine_config import EngineConfig
@@ -145,6 +145,9 @@ def _on_gpu(
     on_progress: Progress | None,
 ) -> _Built:
     device = gpu_device.require()
+    adopted = kernel_cache.adopt(os.environ)
+    if adopted:
+        LOGGER.info("%d compiled kernels taken from the image", adopted)
     # Not above: imports Triton, which a worker on a CPU need not have.
     from tilefleet_worker import fused_weights
     from tilefleet_worker.gpu_engine import GPULimits, build_runner

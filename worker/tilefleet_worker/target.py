@@ -4,14 +4,23 @@ import os
 from functools import cache
 
 import torch
+import triton
 import triton.language as tl
 
 
-@cache
 def arch_of(device: torch.device) -> str:
-    """gfx942, gfx950, … or sm90; none for a CPU, which stands in for a GPU in tests."""
-    if device.type != "cuda":
-        return "none"
+    """gfx942, gfx950, … or sm90; none for a CPU, which stands in for a GPU in tests.
+
+    Of the device meta: what Triton compiles for.
+    """
+    if device.type == "meta":
+        target = triton.runtime.driver.active.get_current_target()
+        return f"sm{target.arch}" if target.backend == "cuda" else str(target.arch)
+    return _arch_of_gpu(device) if device.type == "cuda" else "none"
+
+
+@cache
+def _arch_of_gpu(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]

@@ -4,11 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tilefleet_worker.compilation.variants import ARCHITECTURES
+from tilefleet_worker.compilation.build_command import build_kernels
+from tilefleet_worker.compilation.target_driver import ARCHITECTURES
 
 
 def kernels(arguments: Sequence[str]) -> int:
     """Compile, print, and return the exit status."""
+    if arguments[:1] == ["build"]:
+        return build_kernels(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m tilefleet_worker kernels",
         description="Compile every kernel in every shipped configuration, without a GPU, and print"

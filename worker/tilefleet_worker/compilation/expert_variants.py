@@ -86,7 +86,7 @@ def _scaled_product(arch: str, count: int) -> Variant:
         "rows": _INT, "scale_stride": _INT,
     }  # fmt: skip
     constants = _loop(4096, 128, True) | {
-        "SCALE_N": _BLOCK, "FEATURES": 28672, "BIAS": False, "ROWS": rows, "BLOCK_N": tile.rows, "CT": tl.bfloat16,
+        "PART": 4096, "APART": False, "SCALE_N": _BLOCK, "FEATURES": 28672, "BIAS": False, "ROWS": rows, "BLOCK_N": tile.rows, "CT": tl.bfloat16,
     }  # fmt: skip
     return Variant(
         scaled_product_kernel,

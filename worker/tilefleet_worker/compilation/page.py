@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import triton
 
 from tilefleet_worker.compilation.report import Report, compile_report
-from tilefleet_worker.compilation.variants import ARCHITECTURES, variants
+from tilefleet_worker.compilation.target_driver import ARCHITECTURES
+from tilefleet_worker.compilation.variants import variants
 
 _HEAD = """# Kernels as compiled
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from tilefleet_worker.compilation.target_driver import target_of
 from tilefleet_worker.compilation.variant import Variant
 
 # Tensors of torch begin at multiples of 16 bytes, and the strides of a pool are multiples of 16.
@@ -59,14 +59,9 @@ def compile_report(variant: Variant) -> Report:
         if signature[name] not in ("constexpr", "fp32") and name not in _UNALIGNED
     }
     source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=attributes)
-    amd = variant.arch.startswith("gfx")
-    target = (
-        GPUTarget("hip", variant.arch, 64)
-        if amd
-        else GPUTarget("cuda", int(variant.arch.removeprefix("sm")), 32)
-    )
+    target = target_of(variant.arch)
     compiled = triton.compile(source, target=target, options=dict(variant.options))
-    return _amd(compiled) if amd else _nvidia(compiled, variant.arch)
+    return _amd(compiled) if target.backend == "hip" else _nvidia(compiled, variant.arch)
 
 
 def _amd(compiled: Any) -> Report:

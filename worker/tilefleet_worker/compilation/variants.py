@@ -21,7 +21,6 @@ from tilefleet_worker.kernels.norm import add_rms_norm_kernel
 from tilefleet_worker.kernels.rotary_store import rotary_store_kernel
 from tilefleet_worker.kernels.swiglu import swiglu_kernel
 
-ARCHITECTURES = ("gfx942", "gfx950", "sm90")
 _HALF, _SINGLE, _INDEX, _INT, _FLOAT = "*bf16", "*fp32", "*i32", "i32", "fp32"
 
 

@@ -51,13 +51,19 @@ def rotary_store_kernel(
     cos = tl.load(table_ptr + position * ROTATED + i, mask=ok, other=0.0)
     sin = tl.load(table_ptr + position * ROTATED + half + i, mask=ok, other=0.0)
     turned_first, turned_second = first * cos - second * sin, second * cos + first * sin
+    # No pointer that is one or the other: for AMD the compiler cannot merge one into a pool of
+    # 2 GiB or more with one into a small tensor (Triton 3.9).
+    kind = q_ptr.dtype.element_ty
     if head >= HEADS:
-        target = k_ptr + page * stride_kb + place * stride_kt + (head - HEADS) * stride_kh
+        key = k_ptr + page * stride_kb + place * stride_kt + (head - HEADS) * stride_kh
+        tl.store(key + i, turned_first.to(kind), mask=ok)
+        tl.store(key + half + i, turned_second.to(kind), mask=ok)
+        tl.store(key + rest, kept.to(kind), mask=rest_ok)
     else:
-        target = q_ptr + (token * HEADS + head) * DIM
-    tl.store(target + i, turned_first.to(q_ptr.dtype.element_ty), mask=ok)
-    tl.store(target + half + i, turned_second.to(q_ptr.dtype.element_ty), mask=ok)
-    tl.store(target + rest, kept.to(q_ptr.dtype.element_ty), mask=rest_ok)
+        query = q_ptr + (token * HEADS + head) * DIM
+        tl.store(query + i, turned_first.to(kind), mask=ok)
+        tl.store(query + half + i, turned_second.to(kind), mask=ok)
+        tl.store(query + rest, kept.to(kind), mask=rest_ok)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,8 +51,8 @@ def as_fnuz(matrix: ScaledMatrix) -> ScaledMatrix:
 
 
 def has_nan(matrix: ScaledMatrix) -> bool:
-    """Whether an OCP matrix holds a code that is no number. Waits for the device."""
-    if matrix.values.dtype != torch.float8_e4m3fn:
+    """Whether an OCP matrix holds a code that is no number. Waits for the device; meta has none."""
+    if matrix.values.dtype != torch.float8_e4m3fn or matrix.values.is_meta:
         return False
     codes = matrix.values.view(torch.uint8)
     return any(bool((codes == code).any()) for code in _NAN_CODES)
