@@ -38,7 +38,7 @@ def expert_variants(arch: str) -> Iterator[Variant]:
         {"made_ptr": _HALF, "weight_ptr": _SINGLE, "out_ptr": _HALF},
         {"HIDDEN": _HIDDEN, "TOP": _CHOSEN, "BLOCK": 1024}, _FUSION | {"num_warps": 4},
     )  # fmt: skip
-    for count in (1, 32, 4096):
+    for count in (1, 4096):
         yield _scaled_product(arch, count)
 
 
