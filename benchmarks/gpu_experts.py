@@ -5,9 +5,9 @@ the rest goes on; --only takes those whose name begins so, and the checks may ru
 With TRITON_INTERPRET=1 and --tiny the checks run without a GPU.
 
 Bounds. Products: 2⁻⁸ of the value for rounding to bf16, and columns · 2⁻²⁴ of the sum of absolute
-products for their order. Mixtures: 2⁻⁹ of each expert's part and of the sum for their rounding, and
+products for their order. Mixtures: 2⁻⁸ of each expert's part and of the sum for their rounding, and
 six deviations of what rounding the gated values to bf16 does to a part. Models: activations are
-rounded to bf16 some nine times a layer, each by 2⁻⁹/√3 of a deviation, independently; six
+rounded to bf16 some nine times a layer, each by 2⁻⁸/√3 of a deviation, independently; six
 deviations of the sum. Where the router's choice hangs on less than that, either choice is right,
 and the token is left out.
 """
@@ -133,8 +133,8 @@ def mixture_truth(x: torch.Tensor, weights: ExpertWeights) -> tuple[torch.Tensor
         made = (gate * torch.sigmoid(gate) * up) @ down[number].double().t()
         share, rms = shares[token, rank, None], made.pow(2).mean(-1, keepdim=True).sqrt()
         out.index_add_(0, token, made * share)
-        bound.index_add_(0, token, (6 / 3**0.5 * rms + made.abs()) * share * 2**-9)
-    return out, bound + out.abs() * 2**-9 + 1e-30, clear
+        bound.index_add_(0, token, (6 / 3**0.5 * rms + made.abs()) * share * 2**-8)
+    return out, bound + out.abs() * 2**-8 + 1e-30, clear
 
 
 def check_mixture(tiny: bool) -> None:
@@ -266,7 +266,7 @@ def check_model(kind: str, tiny: bool) -> None:
     runner.warm_up(256)
     runner.capture()
     cpu = Runner(model, KVCache(config, 16, BLOCK), attention.create("cpu", config))
-    bound = 6 * 2**-9 / 3**0.5 * (9 * config.num_layers + 3) ** 0.5
+    bound = 6 * 2**-8 / 3**0.5 * (9 * config.num_layers + 3) ** 0.5
     errors, checked, ties, equal, clear = [], 0, 0, 0, 0
     for length in (1, 20) if tiny else (1, 40, 150):
         generator = torch.Generator().manual_seed(length)

@@ -43,11 +43,11 @@ def build(
     options: resolved. Raises ModelError or ConfigError when the GPU's engine cannot serve the model.
     """
     before = _entries(cache)
-    used: set[str] = set()
+    used: list[object] = []
     driver = triton.runtime.driver
     driver.set_active(CompilingDriver(arch))
     kept = triton.knobs.runtime.jit_post_compile_hook
-    triton.knobs.runtime.jit_post_compile_hook = lambda **found: used.add(found["repr"])
+    triton.knobs.runtime.jit_post_compile_hook = lambda **found: used.append(found)
     try:
         _run_steps(_fewest_layers(config), options, dtype)
     finally:

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tilefleet_worker kernels build",
         description="Compile the kernels of models for GPUs that are not there into Triton's cache. "
-        "A worker that starts with this cache, the same Triton and the same flags compiles nothing.",
+        "A worker with the same Triton and the same flags finds them there.",
     )
     add, plain = parser.add_argument, EngineConfig()
     add("--arch", choices=ARCHITECTURES, action="append", help="may be repeated (default: all)")
