@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.locked
 
-.PHONY: bench-operator system help demo test test-unit test-fuzz test-apiserver test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
+.PHONY: bench-operator system help demo test test-unit test-fuzz test-clients test-apiserver test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -21,10 +21,13 @@ test: system check scan  ## the whole CPU suite, including a real API server and
 	wait $$cluster && exit $$others
 
 test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
-	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e"
+	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e and not clients"
 
 test-fuzz: $(STAMP)  ## 100,000 requests of every shape on the real engine
 	TILEFLEET_FUZZ_REQUESTS=100000 $(PY) -m pytest tests/worker/server/test_fuzz.py --timeout 0
+
+test-clients: $(STAMP) .venv-clients/.locked  ## langchain, litellm, instructor and lm-eval, unmodified, against a running worker
+	$(PY) -m pytest tests/worker/server/clients -m clients
 
 test-apiserver: system $(STAMP)  ## tests on a real API server, and a sample of the faults
 	@python3 -u hack/cluster binaries
@@ -88,4 +91,8 @@ system:
 
 $(STAMP): locks/dev.txt pyproject.toml hack/uv.sh
 	@hack/uv.sh sync
+	@touch $@
+
+.venv-clients/.locked: locks/clients.txt hack/uv.sh
+	@hack/uv.sh clients
 	@touch $@

@@ -56,14 +56,6 @@ async def test_the_stream_helpers_add_up_to_the_whole(client):
     assert {"chunk", "content.delta", "content.done"} <= kinds
     assert final.choices[0].message.content == whole.choices[0].message.content
     assert final.choices[0].finish_reason == "stop"
-    named = {"type": "function", "function": {"name": "settle"}}
-    tool = openai.pydantic_function_tool(City, name="settle")
-    asked = fields(max_tokens=200, tools=[tool], tool_choice=named)
-    async with client.chat.completions.stream(**asked) as stream:
-        called = await stream.get_final_completion()
-    (call,) = called.choices[0].message.tool_calls
-    assert call.function.name == "settle"
-    assert isinstance(call.function.parsed_arguments, City)
 
 
 async def test_a_stream_that_is_closed_early_ends_its_request(client, real):

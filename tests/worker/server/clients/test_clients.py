@@ -87,71 +87,34 @@ def tasks(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluate(kind: str, arguments: str, names: str, tasks: Path, folder: Path, *more: str):
-    """Responses of lm-eval's samples, by task: what the model said to each request."""
-    run(
-        *("lm_eval", "run", "--model", kind, "--model_args", arguments),
-        *("--tasks", names, "--include_path", tasks, "--batch_size", "1"),
-        *("--output_path", folder, "--log_samples", *more),
-    )
-    found = {}
-    for name in names.split(","):
-        (path,) = folder.rglob(f"samples_{name}_*.jsonl")
-        samples = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len(samples) == len(QUESTIONS)
-        samples.sort(key=lambda sample: sample["doc_id"])
-        found[name] = [response for sample in samples for response in sample["resps"]]
-    return found
+def score(real, context: str, continuation: str) -> float:
+    """Log-likelihood of a continuation, asked for directly. The tokens are bytes."""
+    body = {"model": MODEL, "prompt": context + continuation, "echo": True, "logprobs": 1}
+    url = real.api + "/v1/completions"
+    reply = httpx.post(url, json=body | {"max_tokens": 1, "temperature": 0}, timeout=300)
+    logprobs = reply.json()["choices"][0]["logprobs"]["token_logprobs"]
+    return sum(logprobs[len(context.encode()) : -1])
 
 
-def test_lm_eval_scores_as_transformers_does(real, model, tasks, tmp_path):
-    """Its remote tokenizer and log-likelihoods through HTTP against its own run of the weights."""
+def test_lm_eval_scores_and_writes_with_the_remote_tokenizer(real, tasks, tmp_path):
     url = f"{real.api}/v1/completions"
     remote = f"model={MODEL},base_url={url},tokenizer_backend=remote,auth_token=k,num_concurrent=4"
     names = "tiny_choice,tiny_writing"
-    ours = evaluate("local-completions", remote, names, tasks, tmp_path / "ours")
-    local = f"pretrained={model},dtype=float32"
-    theirs = evaluate("hf", local, names, tasks, tmp_path / "theirs", "--device", "cpu")
-    assert ours["tiny_writing"] == theirs["tiny_writing"]
-    scores = [float(response[0][0]) for response in ours["tiny_choice"]]
-    expected = [float(response[0][0]) for response in theirs["tiny_choice"]]
-    assert scores == pytest.approx(expected, abs=1e-3)
-    greedy = [response[0][1] for response in ours["tiny_choice"]]
-    assert greedy == [response[0][1] for response in theirs["tiny_choice"]]
-
-
-def test_lm_eval_chats(real, tasks, tmp_path):
-    url = f"{real.api}/v1/chat/completions"
-    arguments = f"model={MODEL},base_url={url},num_concurrent=4"
-    found = evaluate(
-        "local-chat-completions",
-        arguments,
-        "tiny_writing",
-        tasks,
-        tmp_path,
-        "--apply_chat_template",
-    )
-    assert all(response[0] for response in found["tiny_writing"])
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_guidellm_finds_no_error(real, model, tmp_path, path):
-    before = real.wait_idle()["counters"]
     run(
-        *("guidellm", "run"),
-        *("--backend", f"kind=openai_http,target={real.api},request_format={path}"),
-        *("--profile", "kind=concurrent,streams=8", "--constraint", "kind=max_requests,count=64"),
-        *("--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=16"),
-        *("--tokenizer", f"kind=huggingface_auto,model={model}"),
-        *("--output-dir", tmp_path, "--outputs", "json", "--disable-console-interactive"),
+        *("lm_eval", "run", "--model", "local-completions", "--model_args", remote),
+        *("--tasks", names, "--include_path", tasks, "--batch_size", "1"),
+        *("--output_path", tmp_path, "--log_samples"),
     )
-    (report,) = tmp_path.rglob("*.json")
-    (benchmark,) = json.loads(report.read_text())["benchmarks"]
-    totals = benchmark["metrics"]["request_totals"]
-    assert (totals["successful"], totals["errored"]) == (64, 0)
-    after = real.wait_idle()["counters"]
-    assert after["errors"] == before["errors"]
-    assert after["generated_tokens"] - before["generated_tokens"] >= 64 * 16
+    found = {}
+    for name in names.split(","):
+        (path,) = tmp_path.rglob(f"samples_{name}_*.jsonl")
+        found[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(found[name]) == len(QUESTIONS)
+    for sample in found["tiny_choice"]:
+        for asked, response in zip(sample["arguments"].values(), sample["resps"], strict=True):
+            expected = score(real, asked["arg_0"], asked["arg_1"])
+            assert float(response[0][0]) == pytest.approx(expected, abs=1e-4)
+    assert all(response[0] for sample in found["tiny_writing"] for response in sample["resps"])
 
 
 def test_the_worker_is_well_after_all(real):
