@@ -1,4 +1,4 @@
-"""openai-python's async client and its helpers: parsed answers, streams added up, raw replies."""
+"""openai-python's async client and its helpers: parsed answers, raw replies."""
 
 import asyncio
 from typing import Literal
@@ -44,18 +44,6 @@ async def test_answers_are_parsed_into_models(client):
         model=MODEL, input="A city?", text_format=City, max_output_tokens=200, temperature=0
     )
     assert isinstance(response.output_parsed, City)
-
-
-async def test_the_stream_helpers_add_up_to_the_whole(client):
-    # The helpers refuse answers that were cut: this one ends by itself.
-    body = fields(extra_body={"structured_outputs": {"choice": ["a long answer", "another one"]}})
-    whole = await client.chat.completions.create(**body)
-    async with client.chat.completions.stream(**body) as stream:
-        kinds = {event.type async for event in stream}
-        final = await stream.get_final_completion()
-    assert {"chunk", "content.delta", "content.done"} <= kinds
-    assert final.choices[0].message.content == whole.choices[0].message.content
-    assert final.choices[0].finish_reason == "stop"
 
 
 async def test_a_stream_that_is_closed_early_ends_its_request(client, real):
