@@ -190,7 +190,7 @@ def answers_to_load(runner, blocks, config, **more):
     )
     prompt = [(7 * i + 3) % config.vocab_size for i in range(20)]
     kinds = (
-        {"temperature": 0.0}, {"seed": 1, "min_p": 0.01}, {"seed": 2, "top_k": 9, "top_p": 0.9},
+        {"temperature": 0.0}, {"seed": 2, "top_k": 9, "top_p": 0.9},
         {"temperature": 0.0, "logprobs": 1},
     )  # fmt: skip
     tokens = {f"r{i}": [] for i in range(len(kinds))}
@@ -217,7 +217,7 @@ def ahead():
             fused = fused_weights.load(config, weights, 64, torch.float32, CPU)
     mine, cache = build_runner(config, fused, GPULimits(40, 4, 64, 16, kv_cache_bytes=2**18))
     want = answers_to_load(OneAtATime(mine), cache.num_blocks, config, min_tokens=1)
-    got = answers_to_load(Failing(mine, 5, 3), cache.num_blocks, config)
+    got = answers_to_load(Failing(mine, 4, 2), cache.num_blocks, config)
     if got != want:
         sys.exit(f"tokens {got}, expected {want}")
 
