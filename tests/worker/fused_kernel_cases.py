@@ -101,11 +101,11 @@ def generate(runner, blocks, config, budget):
     return tokens
 
 
-def windowed_model(folder):
+def windowed_model(folder, layers=2):
     """A random Mistral with a window shorter than the prompts, and yarn."""
     config = {
         "architectures": ["MistralForCausalLM"], "vocab_size": 96, "hidden_size": 64,
-        "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 80, "num_hidden_layers": layers, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "sliding_window": 12,
         "rope_scaling": {
@@ -122,7 +122,7 @@ def windowed_model(folder):
         "self_attn.o_proj": (64, 128), "mlp.gate_proj": (80, 64), "mlp.up_proj": (80, 64),
         "mlp.down_proj": (64, 80),
     }  # fmt: skip
-    for layer in range(2):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}"
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{name}.weight"] = torch.rand(64) + 0.5

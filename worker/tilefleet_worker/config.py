@@ -149,6 +149,11 @@ class ServeConfig:
         True, "--no-prefix-caching", "", _text,
         "do not reuse KV blocks of equal prompt beginnings (reuse is on by default)",
     )  # fmt: skip
+    batch_invariant: bool = _option(
+        True, "--no-batch-invariance", "", _text,
+        "on a GPU, take the faster products above 32 rows, though a request's tokens may then "
+        "depend on its batch (by default they do not, up to 256 rows)",
+    )  # fmt: skip
     max_batch_tokens: int = _option(
         2048, "--max-batch-tokens", "TOKENS", _whole(1, 1_048_576),
         "most tokens computed in one step; bounds how long a step, and so a stream's pause, can be",
@@ -235,6 +240,7 @@ def engine_config(config: ServeConfig, *, num_cpus: int) -> EngineConfig:
         gpu_memory_fraction=config.gpu_memory_fraction,
         block_size=config.block_size,
         prefix_caching=config.prefix_caching,
+        batch_invariant=config.batch_invariant,
         max_batch_tokens=config.max_batch_tokens,
         max_concurrent=config.max_concurrent,
         speculative_ngram=config.speculative_ngram,

@@ -29,6 +29,8 @@ class EngineConfig:
     """Tokens of one KV block: the unit of allocation and of prefix sharing. 0: 16, on a GPU 64."""
     prefix_caching: bool = True
     """Reuse the KV blocks of equal prefixes."""
+    batch_invariant: bool = True
+    """On a GPU: decodes of up to 256 rows get the bits they get alone; costs time above 32."""
     max_batch_tokens: int = 2048
     """Tokens computed in one step, prompts and decodes together: bounds the step's time."""
     max_concurrent: int = 256

@@ -162,7 +162,7 @@ def _on_gpu(
     limits = GPULimits(
         config.max_batch_tokens, min(config.max_concurrent, config.max_batch_tokens),
         config.max_model_len, config.block_size, config.kv_cache_bytes, config.gpu_memory_fraction,
-        config.max_concurrent,
+        config.max_concurrent, config.batch_invariant,
     )  # fmt: skip
     try:
         with torch.inference_mode(), Weights(model_dir, on_progress) as source:

@@ -1,8 +1,9 @@
 """The decoder of a GPU: matrix products from the vendor's library, all else in fused kernels.
 
 A layer is nine launches: product, rotary and store, attention, product, norm, product, SwiGLU,
-product, norm. Every intermediate lives in memory that is allocated once, so a step allocates
-nothing and a captured graph stays valid.
+product, norm. Steps of few rows go another way where they can: few_rows_decoder. Every
+intermediate lives in memory that is allocated once, so a step allocates nothing and a captured
+graph stays valid.
 """
 
 from dataclasses import dataclass
@@ -115,20 +116,20 @@ class FusedDecoder:
     """
 
     def __init__(self, config: ModelConfig, weights: FusedWeights, workspace: Workspace) -> None:
-        self._config = config
-        self._weights = weights
-        self._workspace = workspace
+        self.config = config
+        self.weights = weights
+        self.workspace = workspace
 
     def forward(
         self, inputs: StepInputs, attention: TritonAttention, cache: KVCache
     ) -> torch.Tensor:
         """Logits fp32 [wanted, vocabulary]. Launches only; never waits for the device."""
-        space, weights = self._workspace, self._weights
+        space, weights = self.workspace, self.weights
         tokens = len(inputs.token_ids)
         residual, normed = space.residual[:tokens], space.normed[:tokens]
-        embed(inputs.token_ids, inputs.newest, weights.embedding, residual)
+        self.embed(inputs, residual)
         delta = None
-        eps = self._config.rms_norm_eps
+        eps = self.config.rms_norm_eps
         for index, layer in enumerate(weights.layers):
             add_rms_norm(residual, delta, layer.input_norm, normed, eps)
             delta = self._attend(layer, inputs, attention, cache.layer(index))
@@ -138,12 +139,18 @@ class FusedDecoder:
             residual, delta = residual[inputs.logits_index], delta[inputs.logits_index]
         last = space.normed[: len(residual)]
         add_rms_norm(residual, delta, weights.final_norm, last, eps)
-        logits = space.logits[: len(last)]
-        if len(logits) < len(last):  # a prompt is scored
-            logits = torch.empty(
-                len(last), len(weights.head), dtype=torch.float32, device=last.device
-            )
-        return _logits(last, weights.head, logits)
+        return _logits(last, weights.head, self.logits_space(len(last)))
+
+    def embed(self, inputs: StepInputs, residual: torch.Tensor) -> None:
+        """Begin the residual stream fp32 [tokens, hidden] with the embeddings of the tokens."""
+        embed(inputs.token_ids, inputs.newest, self.weights.embedding, residual)
+
+    def logits_space(self, rows: int) -> torch.Tensor:
+        """Memory for logits fp32 [rows, vocabulary]: static, or new when a prompt is scored."""
+        space = self.workspace.logits
+        if rows <= len(space):
+            return space[:rows]
+        return torch.empty(rows, space.shape[1], dtype=space.dtype, device=space.device)
 
     def _attend(
         self,
@@ -152,19 +159,32 @@ class FusedDecoder:
         attention: TritonAttention,
         cache: torch.Tensor,
     ) -> torch.Tensor:
-        space, tokens = self._workspace, len(inputs.token_ids)
-        shape = (tokens, self._config.num_heads, self._config.head_dim)
+        space, tokens = self.workspace, len(inputs.token_ids)
         qkv = _linear(space.normed[:tokens], layer.qkv, layer.qkv_bias, space.qkv[:tokens])
+        attended = self.attended(qkv, layer, inputs, attention, cache)
+        return _linear(attended, layer.output, layer.output_bias, space.delta[:tokens])
+
+    def attended(
+        self,
+        qkv: torch.Tensor,
+        layer: FusedLayer,
+        inputs: StepInputs,
+        attention: TritonAttention,
+        cache: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention [tokens, heads · head_dim] of projected queries, keys and values."""
+        space, tokens = self.workspace, len(inputs.token_ids)
+        shape = (tokens, self.config.num_heads, self.config.head_dim)
         query = rotary_store(
             qkv, inputs.positions, inputs.slots, layer.rotation,
             space.query[:tokens].view(shape), cache,
         )  # fmt: skip
         attended = space.attended[:tokens]
         attention.attend(query, cache, attended.view(shape), inputs.paged, layer.spec)
-        return _linear(attended, layer.output, layer.output_bias, space.delta[:tokens])
+        return attended
 
     def _mlp(self, layer: FusedLayer, tokens: int) -> torch.Tensor:
-        space = self._workspace
+        space = self.workspace
         if layer.router is not None and space.mixture is not None:
             experts = ExpertWeights(layer.router, layer.gate_up, layer.down)
             return mixture(space.normed[:tokens], experts, space.mixture, space.delta[:tokens])

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from tilefleet_worker import few_rows_decoder
 from tilefleet_worker.attention.triton.backend import TritonAttention
 from tilefleet_worker.errors import ConfigError
+from tilefleet_worker.few_rows_decoder import FewRowsDecoder
 from tilefleet_worker.fused_decoder import FusedDecoder, FusedWeights, Workspace
 from tilefleet_worker.gpu_runner import GPURunner
 from tilefleet_worker.kernels.sampling import SamplerWorkspace
@@ -22,6 +24,7 @@ class GPULimits:
     """What the runner is built for. kv_cache_bytes 0: what the device has left.
 
     max_slots: requests that hold KV blocks; 0: max_rows.
+    batch_invariant: decodes of up to 256 rows get the bits that they get alone, where possible.
     """
 
     max_batch_tokens: int
@@ -31,6 +34,7 @@ class GPULimits:
     kv_cache_bytes: int = 0
     memory_fraction: float = 0.92
     max_slots: int = 0
+    batch_invariant: bool = True
 
 
 def build_runner(
@@ -57,8 +61,16 @@ def build_runner(
     pool_bytes = _pool_bytes(limits, device)
     blocks = num_blocks_for(config, limits.block_size, pool_bytes, dtype)
     cache = KVCache(config, blocks, limits.block_size, dtype, device)
-    decoder = FusedDecoder(config, weights, workspace)
+    decoder = _decoder(config, weights, workspace, limits.batch_invariant)
     return GPURunner(decoder, cache, attention, inputs, sampler), cache
+
+
+def _decoder(
+    config: ModelConfig, weights: FusedWeights, workspace: Workspace, invariant: bool
+) -> FusedDecoder:
+    if few_rows_decoder.why_not(weights):
+        return FusedDecoder(config, weights, workspace)
+    return FewRowsDecoder(config, weights, workspace, invariant)
 
 
 def _pool_bytes(limits: GPULimits, device: torch.device) -> int:

@@ -16,6 +16,7 @@ from tilefleet_worker.attention.triton.decode import paged_decode_kernel
 from tilefleet_worker.attention.triton.prefill import paged_prefill_kernel
 from tilefleet_worker.attention.triton.tiles import DECODE, PREFILL, launch_options
 from tilefleet_worker.compilation.expert_variants import expert_variants
+from tilefleet_worker.compilation.product_variants import product_variants
 from tilefleet_worker.compilation.variant import Variant
 from tilefleet_worker.kernels.norm import add_rms_norm_kernel
 from tilefleet_worker.kernels.rotary_store import rotary_store_kernel
@@ -69,6 +70,7 @@ def variants(arch: str) -> Iterator[Variant]:
         fusion | {"num_warps": 1},
     )  # fmt: skip
     yield from expert_variants(arch)
+    yield from product_variants(arch)
 
 
 def _strides(names: str) -> dict[str, str]:
