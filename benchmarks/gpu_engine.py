@@ -130,6 +130,8 @@ def reference_logits(config: ModelConfig, weights: FusedWeights, tokens: list[in
 class Setup:
     """One model on the device with its runner, warmed up."""
 
+    batch_invariant = True
+
     def __init__(self, name: str, max_context: int = 16384, max_rows: int = 256) -> None:
         began = time.monotonic()
         self.name, self.config = name, model_config(name)
@@ -137,7 +139,9 @@ class Setup:
             self.weights = random_weights(name, self.config, max_context)
             torch.cuda.synchronize()
             seconds = {"weights": time.monotonic() - began}
-            limits = GPULimits(16384, max_rows, max_context, BLOCK)
+            limits = GPULimits(
+                16384, max_rows, max_context, BLOCK, batch_invariant=self.batch_invariant
+            )
             self.runner, self.cache = build_runner(self.config, self.weights, limits)
             seconds["pool"] = time.monotonic() - began
         self.runner.warm_up(limits.max_batch_tokens)
@@ -571,6 +575,7 @@ def in_child(part: str, args: argparse.Namespace, rate: float) -> None:
         sys.executable, str(Path(__file__).resolve()), "--part", part, "--rate", str(rate),
         "--batches", args.batches, "--budget-seconds", str(left),
         *(["--loads-only"] if args.loads_only else []),
+        *(["--no-batch-invariance"] if args.no_batch_invariance else []),
     ]  # fmt: skip
     try:
         code = subprocess.run(command, timeout=left + 30).returncode
@@ -586,10 +591,12 @@ def main() -> None:
     parser.add_argument("--models", default="llama-3.1-8b,qwen3-0.6b")
     parser.add_argument("--batches", default="1,8,64,256")
     parser.add_argument("--skip-checks", action="store_true")
+    parser.add_argument("--no-batch-invariance", action="store_true", help="as of serve")
     parser.add_argument("--loads-only", action="store_true", help="of the models' phases")
     parser.add_argument("--part", default="", help="check, or one model; used for child processes")
     parser.add_argument("--rate", type=float, default=0.0, help="copy rate in bytes/s, for --part")
     args = parser.parse_args()
+    Setup.batch_invariant = not args.no_batch_invariance
     if not torch.cuda.is_available():
         print("gpu_engine: no GPU here, nothing measured", file=sys.stderr)
         return
