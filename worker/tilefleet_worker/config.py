@@ -150,10 +150,8 @@ class ServeConfig:
         "do not reuse KV blocks of equal prompt beginnings (reuse is on by default)",
     )  # fmt: skip
     batch_invariant: bool = _option(
-        True, "--no-batch-invariance", "", _text,
-        "on a GPU, take the faster products above 32 rows, though a request's tokens may then "
-        "depend on its batch (by default they do not, up to 256 rows)",
-    )  # fmt: skip
+        True, "--no-batch-invariance", "", _text, "on a GPU, take faster products above 32 rows, "
+        "where tokens may then depend on the batch")  # fmt: skip
     max_batch_tokens: int = _option(
         2048, "--max-batch-tokens", "TOKENS", _whole(1, 1_048_576),
         "most tokens computed in one step; bounds how long a step, and so a stream's pause, can be",

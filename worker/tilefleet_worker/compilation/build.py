@@ -58,8 +58,9 @@ def build(
 def _run_steps(config: ModelConfig, options: EngineConfig, dtype: torch.dtype) -> None:
     rows = min(options.max_concurrent, options.max_batch_tokens)
     limits = GPULimits(
-        options.max_batch_tokens, rows, options.max_model_len, options.block_size, _POOL_BYTES
-    )
+        options.max_batch_tokens, rows, options.max_model_len, options.block_size, _POOL_BYTES,
+        batch_invariant=options.batch_invariant,
+    )  # fmt: skip
     with torch.inference_mode():
         weights = fused_weights.load(config, ShapeWeights(), options.max_model_len, dtype, META)
         runner, _ = build_runner(config, weights, limits)
