@@ -39,6 +39,10 @@ class Counters:
     steps: int = 0
     busy_seconds: float = 0.0
     preemptions: int = 0
+    timeouts: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,9 @@ class Pipeline:
         try:
             return self._runner.run(plan)
         except Exception as error:
-            return self._one_by_one(plan, error)
+            failure = error
+        # Outside the handler, so that the traceback of a row shows its own error alone.
+        return self._one_by_one(plan, failure)
 
     def _one_by_one(self, plan: StepPlan, error: Exception) -> StepResult:
         """Results of a plan that raised `error`: each row once more, alone."""
