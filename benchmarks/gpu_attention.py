@@ -19,12 +19,18 @@ from triton.testing import do_bench
 
 from tilefleet_worker.attention.triton.decode import DecodeWorkspace, paged_decode
 from tilefleet_worker.attention.triton.prefill import paged_prefill, prefill_tiles
-from tilefleet_worker.attention.triton.tiles import DECODE, PREFILL, DecodeTile, PrefillTile
+from tilefleet_worker.attention.triton.tiles import (
+    PREFILL,
+    DecodeTile,
+    PrefillTile,
+    decode_tile,
+)
 
 DECODES = [  # sequences, context, heads, KV heads, head dim
     (1, 8192, 32, 8, 128), (1, 131072, 32, 8, 128), (8, 4096, 32, 8, 128), (64, 8192, 32, 8, 128),
     (128, 32768, 32, 8, 128), (256, 1024, 32, 8, 128), (64, 8192, 64, 8, 128),
-    (64, 8192, 16, 8, 128), (64, 8192, 32, 32, 128), (64, 8192, 14, 2, 64),
+    (64, 8192, 16, 8, 128), (64, 8192, 32, 32, 128), (64, 8192, 14, 2, 64), (64, 1152, 32, 8, 128),
+    (256, 1152, 32, 8, 128),
 ]  # fmt: skip
 PREFILLS = [(1, 8192, 8192), (8, 4096, 4096), (16, 1024, 1024), (1, 2048, 32768), (4, 512, 8192)]
 
@@ -112,14 +118,12 @@ def decode_case(case, block: int, rate: float, tiles: list[DecodeTile], with_pee
                 q[:2, :, None].float(), kc[:2].float(), vc[:2].float(), enable_gqa=True
             )[:, :, 0]
         del kc, vc
-    for tile in tiles:
+    for tile in tiles or [decode_tile("sm90", dim)]:
         work = DecodeWorkspace(seqs, kv_heads, heads // kv_heads, dim, context, tile, "cuda")
         out = torch.empty_like(q)
         try:
             us = microseconds(
-                lambda t=tile, w=work, o=out: paged_decode(
-                    q, k, v, ids, lens, o, w, t, dim**-0.5, context
-                )
+                lambda t=tile, w=work, o=out: paged_decode(q, k, v, ids, lens, o, w, t, dim**-0.5)
             )
         except triton.runtime.errors.OutOfResources as error:
             print(f"# {name} {tile}: {error}", flush=True)
@@ -179,17 +183,20 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("gpu_attention: no GPU here, nothing measured", file=sys.stderr)
         return
-    decode_tiles, prefill_tiles_ = [DECODE["sm90"]], [PREFILL["sm90"]]
+    decode_tiles: list[DecodeTile] = []  # the table's
+    prefill_tiles_ = [PREFILL["sm90"]]
     if args.sweep:
         decode_tiles = [
-            DecodeTile(tile, split, warps, stages)
-            for tile in (32, 64, 128)
-            for split in (256, 512, 1024)
-            for warps, stages in ((4, 2), (4, 3), (8, 3), (2, 4))
+            DecodeTile(tile, split, warps, stages, tma, registers)
+            for tile in (32, 64)
+            for split in (256, 512)
+            for warps, stages, registers in ((4, 2, 0), (4, 3, 168), (8, 3, 128), (2, 3, 0))
+            for tma in (False, True)
         ]  # fmt: skip
         prefill_tiles_ = [
-            PrefillTile(r, t, w, g)
-            for r, w in ((128, 8), (128, 4), (64, 4)) for t in (32, 64, 128) for g in (2, 3, 4)
+            PrefillTile(r, t, w, g, tma)
+            for r, w in ((128, 8), (64, 4)) for t in (32, 64)
+            for g in (2, 3) for tma in (False, True)
         ]  # fmt: skip
     rate = copy_rate()
     emit("copy 2 GiB", rate / 1e9, "GB/s", None, None)

@@ -84,7 +84,6 @@ def run_decode(q, k, v, table, contexts, tile, scale, window=0, softcap=0.0, sin
             work,
             tile,
             scale,
-            most,
             window,
             softcap,
             sinks,
@@ -110,11 +109,13 @@ def variants(index):
 
 
 def decode():
-    tile, count = DecodeTile(16, 64, 4, 1), 0
+    count = 0
     shapes = itertools.product(GQA, [64, 80], [16, 64]) if not INTERPRETED else [
         (GQA[0], 64, 16), (GQA[1], 128, 64), (GQA[2], 64, 32), (GQA[3], 80, 16), (GQA[1], 256, 16)
     ]  # fmt: skip
     for index, ((heads, kv_heads), dim, block) in enumerate(shapes):
+        # descriptors where the block and the dimension allow them, pointers elsewhere
+        tile = DecodeTile(16, 64, 4, 1, tma=index % 2 == 0)
         contexts = [1, 65, 130] if INTERPRETED else [1, 16, 65, 200, 3000]
         k, v, table = pool(contexts, kv_heads, dim, block)
         q = torch.randn(len(contexts), heads, dim, generator=torch.Generator().manual_seed(1)).to(
@@ -136,9 +137,13 @@ def decode():
 
 
 def prefill():
-    tile, count = PrefillTile(32, 16, 4, 1), 0
+    count = 0
     shapes = [(GQA[0], 64, 16), (GQA[1], 128, 64), (GQA[2], 64, 32), (GQA[3], 80, 16)]
     for index, ((heads, kv_heads), dim, block) in enumerate(shapes):
+        if INTERPRETED:
+            tile = PrefillTile(32, 16, 4, 1, tma=index % 2 == 0)
+        else:
+            tile = PrefillTile(64, 64, 4, 3, tma=True)
         queries, contexts = [1, 0, 37, 20], [1, 5, 37, 60]
         k, v, table = pool(contexts, kv_heads, dim, block)
         q = torch.randn(sum(queries), heads, dim, generator=torch.Generator().manual_seed(1)).to(

@@ -24,7 +24,8 @@ from tilefleet_worker.compilation.variant import Variant
 # Tensors of torch begin at multiples of 16 bytes, and the strides of a pool are multiples of 16.
 _ALIGNED = [["tt.divisibility", 16]]
 _UNALIGNED = (
-    "window", "splits", "tokens", "pairs", "blocks", "rows", "scale_stride", "scale_expert",
+    "window", "splits", "least", "stride_table", "tokens", "pairs", "blocks", "rows", "scale_stride",
+    "scale_expert",
 )  # fmt: skip
 _LOAD_BITS = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32"}
 
@@ -56,7 +57,7 @@ def compile_report(variant: Variant) -> Report:
     attributes = {
         (index,): _ALIGNED
         for index, name in enumerate(names)
-        if signature[name] not in ("constexpr", "fp32") and name not in _UNALIGNED
+        if signature[name].startswith(("*", "i")) and name not in _UNALIGNED
     }
     source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=attributes)
     target = target_of(variant.arch)
@@ -104,6 +105,7 @@ def _nvidia(compiled: Any, arch: str) -> Report:
         loads=_counted(
             [str(int(count or 1) * int(bits)) for count, bits in loads]
             + [f"{int(size, 16 if size == '10' else 10) * 8} async" for size in copies]
+            + ["tile by TMA"] * ptx.count("cp.async.bulk.tensor")
         ),
     )
 

@@ -14,7 +14,13 @@ import triton.language as tl
 
 from tilefleet_worker.attention.triton.decode import paged_decode_kernel
 from tilefleet_worker.attention.triton.prefill import paged_prefill_kernel
-from tilefleet_worker.attention.triton.tiles import DECODE, PREFILL, launch_options
+from tilefleet_worker.attention.triton.tiles import (
+    PREFILL,
+    DecodeTile,
+    PrefillTile,
+    decode_tile,
+    launch_options,
+)
 from tilefleet_worker.compilation.expert_variants import expert_variants
 from tilefleet_worker.compilation.product_variants import product_variants
 from tilefleet_worker.compilation.variant import Variant
@@ -77,9 +83,16 @@ def _strides(names: str) -> dict[str, str]:
     return {f"stride_{name}": _INT for name in names.split()}
 
 
-def _attention_types() -> dict[str, str]:
+def _uses_tma(shape: Shape, tile: DecodeTile | PrefillTile) -> bool:
+    return tile.tma and shape.block % tile.tile == 0
+
+
+def _attention_types(shape: Shape, tile: DecodeTile | PrefillTile) -> dict[str, str]:
+    cache = _HALF
+    if _uses_tma(shape, tile):
+        cache = f"tensordesc<bf16[{tile.tile}, {shape.head_dim}]>"
     return {
-        "q_ptr": _HALF, "k_ptr": _HALF, "v_ptr": _HALF, "table_ptr": _INDEX, "sink_ptr": _HALF, "out_ptr": _HALF,
+        "q_ptr": _HALF, "k_ptr": cache, "v_ptr": cache, "table_ptr": _INDEX, "sink_ptr": _HALF, "out_ptr": _HALF,
         "scale_log2": _FLOAT, "softcap_log2": _FLOAT, "window": _INT,
     } | _strides("q kb kt kh vb vt vh table")  # fmt: skip
 
@@ -92,16 +105,23 @@ def _attention_constants(shape: Shape) -> dict[str, Any]:
 
 
 def _decode(arch: str, shape: Shape) -> Variant:
-    tile = DECODE[arch]
-    types = _attention_types() | {
+    tile = decode_tile(arch, shape.head_dim)
+    types = _attention_types(shape, tile) | {
         "context_ptr": _INDEX,
         "part_ptr": _SINGLE,
         "stat_ptr": _SINGLE,
         "count_ptr": _INDEX,
         "splits": _INT,
+        "least": _INT,
     }
     rows = max(16, triton.next_power_of_2(shape.group))
-    constants = {"KV_HEADS": 8, "ROWS": rows, "TILE": tile.tile, "SPLIT": tile.split}
+    constants = {
+        "KV_HEADS": 8,
+        "ROWS": rows,
+        "TILE": tile.tile,
+        "SPLIT": tile.split,
+        "TMA": _uses_tma(shape, tile),
+    }
     return Variant(
         paged_decode_kernel, "decode", shape.title, arch, types,
         _attention_constants(shape) | constants, launch_options(tile),
@@ -110,8 +130,11 @@ def _decode(arch: str, shape: Shape) -> Variant:
 
 def _prefill(arch: str, shape: Shape) -> Variant:
     tile = PREFILL[arch]
+    tma = _uses_tma(shape, tile)
+    constants = {"ROWS": tile.rows, "TILE": tile.tile, "TMA": tma}
+    queries = {"q_ptr": f"tensordesc<bf16[{tile.rows}, {shape.head_dim}]>"} if tma else {}
     return Variant(
         paged_prefill_kernel, "prefill", shape.title, arch,
-        _attention_types() | {"tile_ptr": _INDEX},
-        _attention_constants(shape) | {"ROWS": tile.rows, "TILE": tile.tile}, launch_options(tile),
+        _attention_types(shape, tile) | {"tile_ptr": _INDEX} | queries,
+        _attention_constants(shape) | constants, launch_options(tile),
     )  # fmt: skip

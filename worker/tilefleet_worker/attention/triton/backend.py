@@ -7,7 +7,7 @@ import torch
 from tilefleet_worker.attention.base import AttentionBatch, AttentionSpec, store
 from tilefleet_worker.attention.triton.decode import DecodeWorkspace, paged_decode
 from tilefleet_worker.attention.triton.prefill import paged_prefill, prefill_tiles
-from tilefleet_worker.attention.triton.tiles import DECODE, PREFILL, architecture
+from tilefleet_worker.attention.triton.tiles import PREFILL, architecture, decode_tile
 from tilefleet_worker.model_config import ModelConfig
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -40,10 +40,10 @@ class TritonAttention:
         device: torch.device,
     ) -> None:
         self._head_dim = config.head_dim
-        self._max_context = max_context
         self._device = device
         arch = architecture(device)
-        self._decode_tile, self.prefill_tile = DECODE[arch], PREFILL[arch]
+        self._decode_tile = decode_tile(arch, config.head_dim)
+        self.prefill_tile = PREFILL[arch]
         group = config.num_heads // config.num_kv_heads
         self._workspace = DecodeWorkspace(
             max_rows, config.num_kv_heads, group, config.head_dim, max_context,
@@ -91,8 +91,8 @@ class TritonAttention:
         if decodes:
             paged_decode(
                 query[:decodes], keys, values, batch.block_table, batch.context_lens,
-                out[:decodes], self._workspace, self._decode_tile, spec.scale, self._max_context,
-                spec.window, spec.soft_cap,
+                out[:decodes], self._workspace, self._decode_tile, spec.scale, spec.window,
+                spec.soft_cap,
             )  # fmt: skip
         if batch.tiles is not None:
             paged_prefill(

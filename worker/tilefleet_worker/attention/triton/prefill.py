@@ -13,6 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from tilefleet_worker.attention.triton.pages import (
+    cache_argument,
+    can_use_tma,
+    load_tile,
+    page_at,
+    rows_of_heads,
+)
 from tilefleet_worker.attention.triton.softmax import LOG2_E, scores, take_sink, take_tile
 from tilefleet_worker.attention.triton.tiles import PrefillTile, launch_options
 from tilefleet_worker.target import compute_type
@@ -20,25 +27,14 @@ from tilefleet_worker.target import compute_type
 Ints = npt.NDArray[np.integer]
 
 
-@triton.jit
-def _rows(start, t, table, stride_b, stride_t, ok, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Element offsets of TILE cache rows, int64 [TILE]."""
-    if BLOCK >= TILE:  # one page holds the tile: one scalar load instead of TILE
-        return (
-            tl.load(table + start // BLOCK).to(tl.int64) * stride_b + (start % BLOCK + t) * stride_t
-        )
-    page = tl.load(table + (start + t) // BLOCK, mask=ok, other=0).to(tl.int64)
-    return page * stride_b + ((start + t) % BLOCK) * stride_t
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["window", "stride_table"])
 def paged_prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, tile_ptr, sink_ptr, out_ptr,
     scale_log2, softcap_log2, window,
     stride_q, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_table,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, CT: tl.constexpr,
+    WINDOW: tl.constexpr, TMA: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (heads, query tiles); heads vary fastest, so a group's heads share KV through the L2."""
     head, work = tl.program_id(0), tl.program_id(1)
@@ -48,44 +44,57 @@ def paged_prefill_kernel(
     count = tl.load(tile_ptr + work * 4 + 2)
     pos0 = tl.load(tile_ptr + work * 4 + 3)
     r, d, t = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, TILE)
-    row_ok, dim_ok = r < count, d < DIM
+    own = (r < count)[:, None] & (d < DIM)[None, :]
     q_off = (row0 + r).to(tl.int64)[:, None] * stride_q + head * DIM + d[None, :]
-    q = tl.load(q_ptr + q_off, mask=row_ok[:, None] & dim_ok[None, :], other=0.0).to(CT)
+    # by TMA, rows behind `count` are of the next tile, and nothing of them is stored
+    q = q_ptr.load([row0, head * DIM]) if TMA else tl.load(q_ptr + q_off, mask=own, other=0.0)
+    q = q.to(CT)
     q_pos = pos0 + r
     m = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
     table = table_ptr + seq.to(tl.int64) * stride_table
-    k_base, v_base = k_ptr + (head // GROUP) * stride_kh, v_ptr + (head // GROUP) * stride_vh
+    kv_head = head // GROUP
     end = pos0 + count
-    first = tl.maximum(pos0 - window + 1, 0) // TILE * TILE if WINDOW else 0
+    first = tl.maximum(pos0 - window + 1, 0) if WINDOW else 0
+    begin = first // TILE * TILE
     # below `full` every key is visible to every row: no mask, except at a window's lower edge
-    full = pos0 // TILE * TILE
-    if not WINDOW:
-        for start in tl.range(0, full, TILE):
-            k_row = _rows(start, t, table, stride_kb, stride_kt, t >= 0, BLOCK, TILE)
-            v_row = _rows(start, t, table, stride_vb, stride_vt, t >= 0, BLOCK, TILE)
-            k = tl.load(k_base + k_row[:, None] + d[None, :], mask=dim_ok[None, :], other=0.0)
-            v = tl.load(v_base + v_row[:, None] + d[None, :], mask=dim_ok[None, :], other=0.0)
-            s = scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT)
-            m, total, acc = take_tile(m, total, acc, s, v, False, CT)
-    for start in tl.range(first if WINDOW else full, end, TILE):
+    full = begin if WINDOW else pos0 // TILE * TILE
+    page = page_at(table, begin, end, BLOCK, TILE)
+    for start in tl.range(begin, full, TILE):
+        next_page = page_at(table, start + TILE, end, BLOCK, TILE)
+        k = load_tile(
+            k_ptr, table, page, start, first, end, kv_head, stride_kb, stride_kt, stride_kh,
+            BLOCK, TILE, DIM, DIM_PAD, False, TMA,
+        )  # fmt: skip
+        v = load_tile(
+            v_ptr, table, page, start, first, end, kv_head, stride_vb, stride_vt, stride_vh,
+            BLOCK, TILE, DIM, DIM_PAD, False, TMA,
+        )  # fmt: skip
+        s = scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT)
+        m, total, acc = take_tile(m, total, acc, s, v, False, CT)
+        page = next_page
+    for start in tl.range(full, end, TILE):
+        next_page = page_at(table, start + TILE, end, BLOCK, TILE)
+        k = load_tile(
+            k_ptr, table, page, start, first, end, kv_head, stride_kb, stride_kt, stride_kh,
+            BLOCK, TILE, DIM, DIM_PAD, True, TMA,
+        )  # fmt: skip
+        v = load_tile(
+            v_ptr, table, page, start, first, end, kv_head, stride_vb, stride_vt, stride_vh,
+            BLOCK, TILE, DIM, DIM_PAD, True, TMA,
+        )  # fmt: skip
         key = start + t
-        ok = key < end
-        k_row = _rows(start, t, table, stride_kb, stride_kt, ok, BLOCK, TILE)
-        v_row = _rows(start, t, table, stride_vb, stride_vt, ok, BLOCK, TILE)
-        load_ok = ok[:, None] & dim_ok[None, :]
-        k = tl.load(k_base + k_row[:, None] + d[None, :], mask=load_ok, other=0.0)
-        v = tl.load(v_base + v_row[:, None] + d[None, :], mask=load_ok, other=0.0)
         seen = key[None, :] <= q_pos[:, None]
         if WINDOW:
             seen = seen & (key[None, :] > q_pos[:, None] - window)
         s = tl.where(seen, scores(q, k, scale_log2, softcap_log2, SOFTCAP, CT), -float("inf"))
-        m, total, acc = take_tile(m, total, acc, s, v, True, CT)
+        m, total, acc = take_tile(m, total, acc, s, v, WINDOW, CT)
+        page = next_page
     if HAS_SINK:
         m, total, acc = take_sink(m, total, acc, tl.load(sink_ptr + head))
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + q_off, out, mask=row_ok[:, None] & dim_ok[None, :])
+    tl.store(out_ptr + q_off, out, mask=own)
 
 
 def query_tiles(query_lens: Ints, context_lens: Ints, rows: int, first_row: int = 0) -> Ints:
@@ -133,12 +142,15 @@ def paged_prefill(
     count = tiles.shape[0]
     if count == 0:
         return out
+    use_tma = tile.tma and can_use_tma(k_cache, tile.tile) and can_use_tma(v_cache, tile.tile)
     paged_prefill_kernel[(heads, count)](
-        q, k_cache, v_cache, block_table, tiles, sinks if sinks is not None else q, out,
+        rows_of_heads(q, tile.rows) if use_tma else q,
+        cache_argument(k_cache, tile.tile, use_tma), cache_argument(v_cache, tile.tile, use_tma),
+        block_table, tiles, sinks if sinks is not None else q, out,
         scale * LOG2_E.value, softcap * LOG2_E.value, window,
         q.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
         GROUP=heads // k_cache.shape[2], ROWS=tile.rows, DIM=dim, DIM_PAD=triton.next_power_of_2(dim),
         BLOCK=k_cache.shape[1], TILE=tile.tile, HAS_SINK=sinks is not None, SOFTCAP=softcap > 0,
-        WINDOW=window > 0, CT=compute_type(q.dtype), **launch_options(tile),
+        WINDOW=window > 0, TMA=use_tma, CT=compute_type(q.dtype), **launch_options(tile),
     )  # fmt: skip
     return out

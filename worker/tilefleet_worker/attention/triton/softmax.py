@@ -47,12 +47,14 @@ def take_sink(m, total, acc, sink):
 
 @triton.jit
 def combine(m, total, acc, m_next, total_next, acc_next):
-    """The state over two ranges of keys from the states over each; the first may be empty.
+    """The state over two ranges of keys from the states over each; either may be empty.
 
-    The order of the calls decides the bits, wherever they are made.
+    The order of the calls decides the bits, wherever they are made: the fused multiply-adds are
+    written out, so that no compiler chooses them. An empty range changes no bit of the other.
     """
     m_new = tl.maximum(m, m_next)
-    a, b = tl.exp2(m - m_new), tl.exp2(m_next - m_new)
-    total = total * a + total_next * b
-    acc = acc * a[:, None] + acc_next * b[:, None]
+    base = tl.where(m_new == -float("inf"), 0.0, m_new)
+    a, b = tl.exp2(m - base), tl.exp2(m_next - base)
+    total = tl.fma(total_next, b, total * a)
+    acc = tl.fma(acc_next, tl.broadcast_to(b[:, None], acc.shape), acc * a[:, None])
     return m_new, total, acc
