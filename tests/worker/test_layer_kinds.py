@@ -91,12 +91,12 @@ def publish(pool: BlockPool, hashes: list[bytes]) -> None:
 
 
 def test_a_hit_needs_the_end_of_the_prefix_in_every_window() -> None:
-    """Window 8 at block 4: behind 4 spans the next token sees places 9 to 15, spans 2 and 3."""
+    """Window 8 at block 4: behind 6 spans the next token sees places 17 to 23, spans 4 and 5."""
     pool = BlockPool(60, 4, kinds=(FULL, LayerKind("window-8", 8, 2)))
     hashes = extend_chain(pool.root(""), range(24), 4)
     publish(pool, hashes)
     assert pool.match(hashes).num_spans == 6
-    for missing, longest in ((5, 5), (3, 3), (0, 0)):
+    for missing, longest in ((5, 5), (4, 4), (3, 6), (0, 6)):
         head = pool._head_of_hash[1].pop(hashes[missing])
         hit = pool.match(hashes)
         assert hit.num_spans == longest
