@@ -26,7 +26,7 @@ FILES = {
 class Hub(BaseHTTPRequestHandler):
     """The endpoints that a snapshot download uses: revision, tree, resolve."""
 
-    protocol_version = "HTTP/1.1"
+    # HTTP/1.0: a connection, and with it its thread, ends with its answer.
 
     def log_message(self, *_):
         pass
