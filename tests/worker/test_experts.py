@@ -1,15 +1,11 @@
 """Mixtures of experts and weights of one byte on a GPU's path: no GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.worker.interpreter import check_in_interpreter
 from tilefleet_worker.dequantize import StoredMatrix
 from tilefleet_worker.device_matrices import DeviceMatrices
 from tilefleet_worker.errors import ModelError
@@ -17,7 +13,6 @@ from tilefleet_worker.kernels.routing import num_blocks
 from tilefleet_worker.kernels.scaled_matrix import ScaledMatrix, as_fnuz, has_nan
 from tilefleet_worker.target import fp8_type
 
-CASES = Path(__file__).with_name("expert_cases.py")
 CPU = torch.device("cpu")
 OCP, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 EVERY_CODE = torch.arange(256, dtype=torch.uint8)
@@ -26,13 +21,7 @@ EVERY_CODE = torch.arange(256, dtype=torch.uint8)
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("kind", ["kernels", "model"])
 def test_experts_and_stored_weights_match_their_references(kind: str) -> None:
-    """The interpreter is chosen when Triton is imported, hence a process of its own."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(CASES), kind],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert "checked" in run.stdout
+    check_in_interpreter("expert_cases.py", kind, timeout_seconds=900)
 
 
 def test_all_254_ocp_numbers_keep_their_value_in_fnuz_codes() -> None:

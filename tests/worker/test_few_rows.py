@@ -1,32 +1,22 @@
 """Few-row products: values, launches of a layer and what their tile table promises. No GPU."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.worker.interpreter import check_in_interpreter
 from tilefleet_worker.kernels.product_tiles import GROUP, TILES, UNIT, split_part
 from tilefleet_worker.kernels.products import Products, ProductShape
 
-CASES = Path(__file__).with_name("few_rows_cases.py")
 features = st.integers(1, 20_000)
 
 
 @pytest.mark.parametrize("kind", ["products", "launches"])
 def test_few_row_products_match_fp64_and_a_layer_has_few_launches(kind: str) -> None:
-    """The interpreter is chosen when Triton is imported, hence a process of its own."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(CASES), kind],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert "checked" in run.stdout
+    check_in_interpreter("few_rows_cases.py", kind)
 
 
 @given(st.sampled_from(sorted(TILES)), features, features, st.integers(1, 256), st.booleans())

@@ -1,15 +1,12 @@
 """Fused kernels and the GPU's runner in Triton's interpreter: no GPU."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.worker.interpreter import check_in_interpreter
 from tilefleet_worker.attention.triton.prefill import query_tiles
 from tilefleet_worker.graphs import padded_sizes
 from tilefleet_worker.request import SamplingParams
@@ -17,29 +14,17 @@ from tilefleet_worker.step import StepPlan, StepRow
 from tilefleet_worker.step_arrays import lay_out
 from tilefleet_worker.step_inputs import InputBuffer, Staging, StepTooLargeError
 
-CASES = Path(__file__).with_name("fused_kernel_cases.py")
 PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
 SLOTS = torch.zeros(8, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("kind", ["kernels", "runner", "windowed", "engine", "ahead"])
 def test_fused_kernels_and_runner_match_their_references(kind: str) -> None:
-    """The interpreter is chosen when Triton is imported, hence a process of its own."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(CASES), kind],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert "checked" in run.stdout
+    check_in_interpreter("fused_kernel_cases.py", kind)
 
 
 def test_tokens_chosen_on_the_device_are_those_of_the_host() -> None:
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(CASES.with_name("sampling_cases.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert "checked" in run.stdout
+    check_in_interpreter("sampling_cases.py")
 
 
 def row(name: str, start: int, tokens: tuple[int, ...], blocks: tuple[int, ...]) -> StepRow:
