@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 STAMP := .venv/.locked
+# Images of CI often set it; then each process of the tests compiles torch's or kubernetes' Python anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: bench-operator system help demo test test-unit test-fuzz test-clients test-apiserver test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
 
