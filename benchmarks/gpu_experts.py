@@ -8,8 +8,9 @@ Bounds. Products: 2⁻⁸ of the value for rounding to bf16, and columns · 2⁻
 products for their order. Mixtures: 2⁻⁸ of each expert's part and of the sum for their rounding, and
 six deviations of what rounding the gated values to bf16 does to a part. Models: activations are
 rounded to bf16 some nine times a layer, each by 2⁻⁸/√3 of a deviation, independently; six
-deviations of the sum. Where the router's choice hangs on less than that, either choice is right,
-and the token is left out.
+deviations of the sum. No token is left out: the reference computes with the experts and shares that
+the GPU chose, and each of these is checked against the reference's own router, whose logits have
+the same bound by the roundings before them.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tilefleet_worker import attention, fused_weights, models
+from tilefleet_worker import attention, fused_decoder, fused_weights, models
+from tilefleet_worker.fused_decoder import FusedWeights
 from tilefleet_worker.gpu_engine import GPULimits, build_runner
 from tilefleet_worker.gpu_runner import probe
 from tilefleet_worker.kernels import mixture as mixture_module
@@ -228,30 +230,104 @@ def write_model(folder: Path, kind: str, tiny: bool) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-class Margins:
-    """Records how clear the routers' choices were, as deviations of their logits."""
+ROUNDINGS = 9
+"""Of activations to bf16 in a layer."""
+
+
+def rounding(count: int) -> float:
+    """Six deviations of what so many independent roundings to bf16 do, in those of the values."""
+    return 6 * 2**-8 / 3**0.5 * count**0.5
+
+
+Choices = list[tuple[torch.Tensor, torch.Tensor]]
+"""Experts and shares [tokens, chosen] of every layer with a router, in order."""
+
+
+class Recorded:
+    """Keeps what the GPU's routers chose; steps must not come from captured graphs meanwhile."""
 
     def __init__(self) -> None:
-        self.least = float("inf")
-        self._plain = Experts.__call__
+        self.choices: Choices = []
+        self._plain = fused_decoder.mixture
 
-    def __enter__(self) -> "Margins":
-        def call(experts: Experts, x: torch.Tensor) -> torch.Tensor:
-            logits = experts._router(x).float()[-1]
-            best = logits.topk(experts._chosen + 1).values
-            margin = ((best[-2] - best[-1]) / logits.std()).item()
-            self.least = min(self.least, margin)
-            return self._plain(experts, x)
+    def __enter__(self) -> Choices:
+        def call(x: Any, weights: ExpertWeights, space: MixtureSpace, out: Any) -> torch.Tensor:
+            made = self._plain(x, weights, space, out)
+            size = (len(x), weights.router.chosen)
+            routing, count = space.routing, len(x) * weights.router.chosen
+            found = routing.chosen[:count].view(size), routing.shares[:count].view(size)
+            self.choices.append((found[0].long().cpu(), found[1].double().cpu()))
+            return made
 
-        Experts.__call__ = call  # type: ignore[method-assign]
-        return self
+        fused_decoder.mixture = call
+        return self.choices
 
     def __exit__(self, *_: object) -> None:
-        Experts.__call__ = self._plain  # type: ignore[method-assign]
+        fused_decoder.mixture = self._plain
+
+
+class Replayed:
+    """Gives the reference the GPU's choices, and judges each by the reference's own logits.
+
+    A choice is right when no expert left out has a logit above a chosen one's by more than the
+    bound, shares when the logarithms of their ratios are the differences of the logits within it.
+    With both given, no rounding is amplified: the bound of the logits holds for every token.
+    spreads: deviation of a router's logits for a deviation of its input, by layer.
+    """
+
+    def __init__(self, layers: list[int], spreads: list[float]) -> None:
+        self.different = 0
+        self.choice = self.share = 0.0
+        """Largest errors, in bounds."""
+        errors = [2**0.5 * rounding(ROUNDINGS * (layer + 1)) for layer in layers]  # of differences
+        self._bounds = [error * spread for error, spread in zip(errors, spreads, strict=True)]
+        self._plain = Experts.choose
+
+    def replaying(self, choices: Choices) -> "Replayed":
+        """For the next step of the reference."""
+        self._todo = list(zip(choices, self._bounds, strict=True))
+        return self
+
+    def __enter__(self) -> None:
+        def call(experts: Experts, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            (chosen, shares), bound = self._todo.pop(0)
+            self._judge(logits.double(), chosen, shares, bound)
+            _, own = self._plain(experts, logits)
+            self.different += int((own.sort(-1).values != chosen.sort(-1).values).any(-1).sum())
+            return shares, chosen
+
+        Experts.choose = call  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        Experts.choose = self._plain  # type: ignore[method-assign]
+
+    def _judge(
+        self, logits: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, bound: float
+    ) -> None:
+        taken = logits.gather(1, chosen)
+        others = logits.scatter(1, chosen, -torch.inf).amax(-1)
+        self.choice = max(self.choice, ((others - taken.amin(-1)) / bound).max().item())
+        ratio = (shares / shares[:, :1]).log() - (taken - taken[:, :1])
+        self.share = max(self.share, (ratio.abs() / bound).max().item())
+
+
+def router_spreads(weights: FusedWeights) -> tuple[list[int], list[float]]:
+    """Layers with a router, and its largest row's length by the input's (the norm's weights)."""
+    found = [(n, layer) for n, layer in enumerate(weights.layers) if layer.router is not None]
+    sizes = [
+        layer.router.weight.float().norm(dim=1).max() * layer.mlp_norm.float().pow(2).mean().sqrt()
+        for _, layer in found
+        if layer.router is not None
+    ]
+    return [n for n, _ in found], [size.item() for size in sizes]
 
 
 def check_model(kind: str, tiny: bool) -> None:
-    """Logits of the cpu backend in fp32 and of the GPU's runner for the cpu's greedy tokens."""
+    """Logits of the GPU's runner, and of the cpu backend in fp32 with the GPU's routing.
+
+    A second reference chooses for itself: where its choice is another one, its later logits are
+    those of another model, which shows what the routing alone does.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder, kind, tiny)
@@ -265,9 +341,11 @@ def check_model(kind: str, tiny: bool) -> None:
         runner, _ = build_runner(config, fused, GPULimits(256, 8, 1024, BLOCK, 2**26))
     runner.warm_up(256)
     runner.capture()
-    cpu = Runner(model, KVCache(config, 16, BLOCK), attention.create("cpu", config))
-    bound = 6 * 2**-8 / 3**0.5 * (9 * config.num_layers + 3) ** 0.5
-    errors, checked, ties, equal, clear = [], 0, 0, 0, 0
+    attend = attention.create("cpu", config)
+    cpu, free = (Runner(model, KVCache(config, 16, BLOCK), attend) for _ in range(2))
+    replayed = Replayed(*router_spreads(fused))
+    bound = rounding(ROUNDINGS * config.num_layers + 3)
+    errors, own, same_bits, equal, clear, choices = [], [], 0, 0, 0, 0
     for length in (1, 20) if tiny else (1, 40, 150):
         generator = torch.Generator().manual_seed(length)
         prompt = torch.randint(0, config.vocab_size, (length,), generator=generator).tolist()
@@ -275,23 +353,31 @@ def check_model(kind: str, tiny: bool) -> None:
         start, tokens = 0, tuple(prompt)
         for _ in range(3 if tiny else 32):
             plan = StepPlan.of((probe(start, tokens, blocks),))
-            with Margins() as margins:
-                want = cpu.logits(plan)[0].double()
             got = runner.logits(plan)[0].double().cpu()
+            graphs, runner._graphs = runner._graphs, None
+            with Recorded() as made:
+                again = runner.logits(plan)[0].double().cpu()
+            runner._graphs = graphs
+            same_bits += int(again.equal(got))
+            with replayed.replaying(made):
+                want = cpu.logits(plan)[0].double()
+            own.append(((got - free.logits(plan)[0].double()).abs().max() / want.std()).item())
+            errors.append(((got - want).abs().max() / want.std()).item())
+            choices += len(made) * len(tokens)
             best = want.topk(2)
             start, tokens = start + len(tokens), (int(best.indices[0]),)
-            if margins.least < bound:
-                ties += 1
-                continue
-            checked += 1
-            errors.append(((got - want).abs().max() / want.std()).item())
             if best.values[0] - best.values[1] > 2 * bound * want.std():
                 clear += 1
                 equal += int(got.argmax() == best.indices[0])
     emit(
-        f"check model {kind}", tokens=checked, near_ties_of_router=ties, layers_stored=stored,
+        f"check model {kind}", tokens=len(errors), layers_stored=stored,
         largest_error_std=round(max(errors), 5), bound=round(bound, 5),
-        greedy_equal=equal, of_clear=clear,
+        within_bound=sum(error <= bound for error in errors),
+        greedy_equal=equal, of_clear=clear, graph_same_bits=same_bits,
+        choices=choices, choices_unlike_reference=replayed.different,
+        choice_error_over_bound=round(replayed.choice, 3),
+        share_error_over_bound=round(replayed.share, 3),
+        largest_error_std_with_reference_routing=round(max(own), 5),
     )  # fmt: skip
 
 

@@ -58,10 +58,7 @@ class Experts:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See FeedForward."""
-        shares = self._router(x).float().softmax(dim=-1)
-        weights, chosen = shares.topk(self._chosen, dim=-1)  # [tokens, chosen]
-        if self._normalized:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights, chosen = self.choose(self._router(x).float())
         weights = weights.to(x.dtype)
         out = torch.zeros_like(x)
         for number in torch.unique(chosen).tolist():
@@ -69,3 +66,10 @@ class Experts:
             made = self._experts[number](x[tokens]) * weights[tokens, rank, None]
             out.index_add_(0, tokens, made)
         return out
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and experts [tokens, chosen] from the router's logits [tokens, experts]."""
+        weights, chosen = logits.softmax(dim=-1).topk(self._chosen, dim=-1)
+        if self._normalized:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights, chosen
