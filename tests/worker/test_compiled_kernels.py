@@ -6,6 +6,7 @@ that the lock pins; another one makes other code, so that a change of it shows h
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import lru_cache
@@ -21,6 +22,7 @@ from tilefleet_worker.compilation.target_driver import ARCHITECTURES
 from tilefleet_worker.compilation.variants import variants
 
 REFERENCE = Path(__file__).parents[2] / "docs/reference"
+WORKER = Path(__file__).parents[2] / "worker/tilefleet_worker"
 STORED: dict[str, Any] = json.loads((REFERENCE / "kernels.json").read_text())
 MOST_LDS = {"gfx942": 64 << 10, "gfx950": 160 << 10, "sm90": 227 << 10}
 REMEDY = (
@@ -83,8 +85,15 @@ def test_no_kernel_got_worse_than_the_stored_report(architecture: str) -> None:
         assert list(report.matrix) == list(before["matrix"]), (key, REMEDY)
 
 
-def test_the_stored_report_holds_every_variant_and_the_page_is_of_it() -> None:
+def test_the_stored_report_holds_every_kernel_and_variant_and_the_page_is_of_it() -> None:
     keys = [variant.key for architecture in ARCHITECTURES for variant in variants(architecture)]
     assert list(STORED["kernels"]) == keys
+    written = {
+        name
+        for path in (WORKER / "kernels", WORKER / "attention/triton")
+        for file in path.glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
+    }
+    assert {variant.kernel.__name__ for variant in variants("sm90")} == written
     rows = {key: Report(**row) for key, row in STORED["kernels"].items()}
     assert (REFERENCE / "kernels.md").read_text() == as_markdown(rows), REMEDY

@@ -17,7 +17,7 @@ from tilefleet_worker.kernels.mixture import (
 )
 from tilefleet_worker.kernels.mixture import tile_for as expert_tile
 from tilefleet_worker.kernels.routing import LARGE_ROWS, SMALL_ROWS, route_kernel, sort_kernel
-from tilefleet_worker.kernels.scaled_product import scaled_product_kernel
+from tilefleet_worker.kernels.scaled_product import scaled_product_kernel, sum_parts_kernel
 from tilefleet_worker.kernels.scaled_product import tile_for as product_tile
 
 _HALF, _SINGLE, _INDEX, _INT = "*bf16", "*fp32", "*i32", "i32"
@@ -40,6 +40,11 @@ def expert_variants(arch: str) -> Iterator[Variant]:
     )  # fmt: skip
     for count in (1, 4096):
         yield _scaled_product(arch, count)
+    yield Variant(
+        sum_parts_kernel, "sum_parts", "4096 features, 8 parts", arch,
+        {"part_ptr": _SINGLE, "bias_ptr": _HALF, "out_ptr": _HALF, "rows": _INT},
+        {"PARTS": 8, "FEATURES": 4096, "BIAS": True, "BLOCK": 1024}, _FUSION | {"num_warps": 4},
+    )  # fmt: skip
 
 
 def _routing(arch: str) -> Iterator[Variant]:

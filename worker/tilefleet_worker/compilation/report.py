@@ -4,6 +4,7 @@ matrix instructions and the width of loads.
 These find spills, fallbacks and narrow loads. They do not predict time.
 """
 
+import hashlib
 import os
 import re
 import struct
@@ -12,11 +13,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 from tilefleet_worker.compilation.target_driver import target_of
 from tilefleet_worker.compilation.variant import Variant
@@ -27,6 +30,7 @@ _UNALIGNED = (
     "window", "splits", "least", "stride_table", "tokens", "pairs", "blocks", "rows", "scale_stride",
     "scale_expert",
 )  # fmt: skip
+_SAID = "ptxas.txt"
 _LOAD_BITS = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32"}
 
 
@@ -111,15 +115,24 @@ def _nvidia(compiled: Any, arch: str) -> Report:
 
 
 def _assemble(ptx: str, arch: str) -> str:
-    """What ptxas says about registers and spills: the loaded module would, but needs a GPU."""
+    """What ptxas says about registers and spills: the loaded module would, but needs a GPU.
+
+    Kept in Triton's cache, as what it compiles is: assembling takes as long as all else.
+    """
+    command = [get_ptxas(90).path, "-v", f"--gpu-name={arch.replace('sm', 'sm_')}a"]
+    key = "\n".join((triton.__version__, *command[1:], ptx))
+    kept = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    found = kept.get_file(_SAID)
+    if found is not None:
+        return Path(found).read_text()
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "kernel.ptx")
         with open(source, "w") as file:
             file.write(ptx)
-        command = [get_ptxas(90).path, "-v", f"--gpu-name={arch.replace('sm', 'sm_')}a", source]
         run = subprocess.run(
-            [*command, "-o", os.devnull], check=True, capture_output=True, text=True
+            [*command, source, "-o", os.devnull], check=True, capture_output=True, text=True
         )
+    kept.put(run.stderr, _SAID, binary=False)
     return run.stderr
 
 

@@ -23,6 +23,7 @@ from tilefleet_worker.attention.triton.tiles import (
 )
 from tilefleet_worker.compilation.expert_variants import expert_variants
 from tilefleet_worker.compilation.product_variants import product_variants
+from tilefleet_worker.compilation.sampling_variants import sampling_variants
 from tilefleet_worker.compilation.variant import Variant
 from tilefleet_worker.kernels.norm import add_rms_norm_kernel
 from tilefleet_worker.kernels.rotary_store import rotary_store_kernel
@@ -77,6 +78,7 @@ def variants(arch: str) -> Iterator[Variant]:
     )  # fmt: skip
     yield from expert_variants(arch)
     yield from product_variants(arch)
+    yield from sampling_variants(arch)
 
 
 def _strides(names: str) -> dict[str, str]:

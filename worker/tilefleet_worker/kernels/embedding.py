@@ -31,8 +31,9 @@ def embed(
     features = table.shape[1]
     block = min(1024, triton.next_power_of_2(features))
     embed_kernel[(len(token_ids), triton.cdiv(features, block))](
-        token_ids, newest, table, out, FEATURES=features, BLOCK=block, num_warps=4
-    )
+        token_ids, newest, table, out, FEATURES=features, BLOCK=block, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 

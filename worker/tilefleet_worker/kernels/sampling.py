@@ -24,6 +24,14 @@ from tilefleet_worker.kernels.nucleus import (
 
 CHUNK = 2048
 CAPACITY = 1024
+STEP = 8
+OPTIONS = {
+    name: {"num_warps": warps, "enable_fp_fusion": True}
+    for name, warps in (
+        ("chunk_best_kernel", 4), ("chunk_weight_kernel", 4), ("choose_kernel", 16)
+    )
+}  # fmt: skip
+"""Launch options; fp fusion is pinned: Triton 3.10 changes its default, and with it bits."""
 # A sample is 12 int32 words, see request_table.SAMPLER: slot, row of the logits, position, top_k;
 # then fp64 temperature, top_p, min_p; then the seed.
 WORDS = 12
@@ -195,13 +203,17 @@ def choose_tokens(
     pairs, seeds = samples.view(torch.float64), samples.view(torch.int64)
     grid = (count, space.num_chunks)
     sizes = {"CHUNK": space.chunk, "CHUNKS": space.chunks}
-    chunk_best_kernel[grid](logits, samples, space.best, space.ids, vocab, **sizes, num_warps=4)
-    chunk_weight_kernel[grid](
-        logits, samples, pairs, space.best, space.weights, vocab, **sizes, num_warps=4
+    chunk_best_kernel[grid](
+        logits, samples, space.best, space.ids, vocab, **sizes, **OPTIONS["chunk_best_kernel"]
     )
+    chunk_weight_kernel[grid](
+        logits, samples, pairs, space.best, space.weights, vocab, **sizes,
+        **OPTIONS["chunk_weight_kernel"],
+    )  # fmt: skip
     choose_kernel[(count,)](
         logits, samples, pairs, seeds, space.best, space.ids, space.weights, space.near,
         space.near_ids, space.tokens, space.newest, vocab,
-        **sizes, CAPACITY=space.capacity, BLOCK=space.chunk, STEP=8, num_warps=16,
+        **sizes, CAPACITY=space.capacity, BLOCK=space.chunk, STEP=STEP,
+        **OPTIONS["choose_kernel"],
     )  # fmt: skip
     return space.tokens[:count]
