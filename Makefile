@@ -26,7 +26,7 @@ test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e and not clients"
 
 test-fuzz: $(STAMP)  ## 100,000 requests of every shape on the real engine
-	TILEFLEET_FUZZ_REQUESTS=100000 $(PY) -m pytest tests/worker/server/test_fuzz.py --timeout 0
+	TILEFLEET_FUZZ_REQUESTS=100000 $(PY) -m pytest tests/worker/server/test_fuzz.py --timeout 0 -rP
 
 test-clients: $(STAMP) .venv-clients/.locked  ## langchain, litellm, instructor and lm-eval, unmodified, against a running worker
 	$(PY) -m pytest tests/worker/server/clients -m clients

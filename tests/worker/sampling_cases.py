@@ -16,7 +16,7 @@ from tilefleet_worker.request_table import SAMPLER
 
 # (vocabulary, chunk, capacity, deviation of logits, every how many kinds): candidates that reach
 # and that do not, which is slow in the interpreter.
-SMALL = ((300, 128, 512, 3.0, 1), (90, 32, 512, 0.0, 2), (90, 32, 8, 0.3, 3))
+SMALL = ((300, 128, 512, 3.0, 1), (70, 32, 512, 0.0, 4), (70, 32, 8, 0.3, 3))
 LARGE = (
     *((300, 32, 16, spread, 1) for spread in (0.0, 0.3, 3.0, 40.0)), (7, 8, 4, 1.0, 1),
     *((151936, 2048, 1024, spread, 1) for spread in (0.0, 1.0, 5.0)),

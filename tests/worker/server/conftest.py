@@ -4,12 +4,14 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -44,6 +46,14 @@ LAYER = {
 }
 SCRIPT = Path(__file__).with_name("fake_engine_worker.py")
 START_SECONDS = 200
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_tls_context() -> Iterator[None]:
+    """No test here speaks TLS, but each `httpx.get` would read all authorities anew: 30 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        yield
 
 
 def write_tokenizer(folder: Path) -> None:
