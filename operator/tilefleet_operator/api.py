@@ -79,6 +79,10 @@ class KvCache(Model):
     prefix_caching: bool = Field(
         default=True, description="Share blocks of equal prompt beginnings."
     )
+    host_offload: OptionalQuantity = Field(
+        default="",
+        description="Host memory for evicted prefixes, within resources.memory; empty: none.",
+    )
 
 
 class Resources(Model):

@@ -183,6 +183,8 @@ def worker_args(deployment: InferenceDeployment, defaults: Defaults) -> list[str
         args += ["--block-size", str(engine.kv_cache.block_size)]
     if not engine.kv_cache.prefix_caching:
         args.append("--no-prefix-caching")
+    if engine.kv_cache.host_offload:
+        args += ["--kv-offloading-size", engine.kv_cache.host_offload]
     args += ["--max-batch-tokens", str(engine.max_batch_tokens)]
     args += ["--max-concurrent", str(engine.max_concurrent)]
     args += ["--cache-dir", CACHE_PATH]

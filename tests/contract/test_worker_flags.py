@@ -88,8 +88,9 @@ def test_model_uris_mean_the_same_on_both_sides(uri, source):
 
 @pytest.mark.parametrize("size", ["1", "1k", "2M", "1.5G", "1T", "64Ki", "256Mi", "2Gi", "1Ti"])
 def test_every_size_the_api_admits_parses(size):
-    spec = {"engine": {"kvCache": {"memory": size}}}
-    assert worker_config(deployment(**spec)).kv_cache_memory >= 1
+    spec = {"engine": {"kvCache": {"memory": size, "hostOffload": size}}}
+    config = worker_config(deployment(**spec))
+    assert config.kv_cache_memory == config.kv_offloading_size >= 1
 
 
 @pytest.mark.parametrize("timeout", ["0s", "250ms", "90s", "5m", "1h", "1h30m10s"])

@@ -1,9 +1,10 @@
 """A fake runner with a memory: it notices when a block does not hold what a query must see."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from tilefleet_worker.fake_runner import FakeRunner
+from tilefleet_worker.host_cache import Transfer
 from tilefleet_worker.layer_kinds import LayerKind
 from tilefleet_worker.step import StepPlan, StepResult, StepRow
 
@@ -30,6 +31,8 @@ class MemoryRunner(FakeRunner):
         self._block_size = block_size
         self._tokens_of = tokens_of
         self._memory: dict[tuple[int, int], tuple[int, int]] = {}
+        self._host: dict[tuple[int, int], tuple[int, int]] = {}
+        self.num_copied = {True: 0, False: 0}
         self.num_checked = 0
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -39,6 +42,14 @@ class MemoryRunner(FakeRunner):
                 self._check(row, group, table, window)
                 self._write(row, group, table)
         return super().run(plan)
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        for to_host, block, host_block in transfers:
+            pair = ((self._memory, block), (self._host, host_block))
+            (source, left), (target, right) = pair if to_host else pair[::-1]
+            for place in range(self._block_size):
+                target[right, place] = source[left, place]
+            self.num_copied[to_host] += 1
 
     def _next(self, last: int, end: int) -> int:
         return super()._next(last, end) if self._formula is None else self._formula(last, end)

@@ -63,6 +63,7 @@ class Run:
     """How to run: defaults are one large step after the other."""
 
     blocks: int = 1024
+    host_blocks: int = 0
     block_size: int = 16
     budget: int = 2048
     concurrent: int = 64
@@ -96,24 +97,32 @@ def generate(folder: Path, prompts: dict[str, list[int]], run: Run) -> Made:
     config, model = load(folder)
     layout = CacheLayout.of(config.windows, config.max_positions)
     cache = KVCache(config, run.blocks, run.block_size, layout=layout)
-    runner = Recorder(Runner(model, cache, attention.create(run.backend, config)))
-    pool = BlockPool(run.blocks, run.block_size, kinds=layout.kinds, prefix_caching=run.caching)
+    backend = attention.create(run.backend, config)
+    runner = Recorder(Runner(model, cache, backend, run.host_blocks))
+    pool = BlockPool(
+        run.blocks, run.block_size, kinds=layout.kinds, prefix_caching=run.caching,
+        host_blocks=run.host_blocks,
+    )  # fmt: skip
     scheduler = Scheduler(
         pool, run.budget, run.concurrent, config.max_positions, vocab_size=config.vocab_size,
         max_drafts=run.drafts,
     )  # fmt: skip
     tokens: dict[str, list[int]] = {}
+    brought_back = 0
     for _ in range(run.rounds):
         tokens = {name: [] for name in prompts}
         for name, prompt in prompts.items():
             assert scheduler.add(Request(name, prompt, run.params, 0.0)) is None
         while scheduler.has_work:
             plan = scheduler.schedule()
+            runner.runner.transfer(transfers := scheduler.take_transfers())
+            brought_back += sum(not transfer.to_host for transfer in transfers)
             for delta in scheduler.commit(plan, runner.run(plan)):
                 assert delta.error is None
                 tokens[delta.request_id].extend(delta.token_ids)
             run.after_step(scheduler)
     counts = dict(scheduler.gauges().counts)
+    counts["blocks_brought_back"] = brought_back
     return Made(tokens, runner.logits, runner.largest_batch, counts)
 
 

@@ -60,6 +60,8 @@ def check_sums(scheduler: Scheduler) -> PoolBytes:
     pool, said = scheduler.pool, scheduler.gauges().bytes_by_cause
     assert sum(said.by_cause().values()) == said.total
     assert said.total == (pool.num_blocks + 1) * pool.block_size * pool.token_bytes
+    assert sum(said.host_by_cause().values()) == said.host_total
+    assert said.host_total == (pool.host.num_blocks * said.spare if pool.host else 0)
     for kind, made in zip(pool.kinds, said.kinds, strict=True):
         assert min(made.live, made.reserved, made.cached, made.wasted) >= 0
         span_bytes = kind.width * pool.block_size * pool.token_bytes
@@ -75,3 +77,5 @@ def check_accounting(scheduler: Scheduler) -> None:
         assert found == {LIVE: made.live, RESERVED: made.reserved, WASTED: made.wasted}
         span_bytes = kind.width * pool.block_size * pool.token_bytes
         assert made.cached == pool.num_idle_spans[index] * span_bytes
+        spans_on_host = len(pool.host.spans(index)) if pool.host else 0
+        assert made.on_host == spans_on_host * span_bytes

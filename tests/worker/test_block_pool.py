@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.errors import ConfigError, EngineError
@@ -11,13 +11,27 @@ from tilefleet_worker.prefix_chain import chain_hash, chain_root
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Requests come with short token lists over two letters, so that prefixes collide often."""
+    """Requests come with short token lists over two letters, so that prefixes collide often.
+
+    Blocks hold the hash of what was computed for them: what a hit brings must be just that.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(9, 2)
         self.tables: list[list[int]] = []
-        self.model: dict[bytes, int] = {}
+        self.contents: dict[int, bytes | None] = {}
+        self.on_host: dict[int, bytes | None] = {}
+
+    @initialize(host_blocks=st.sampled_from([0, 1, 4, 30]))
+    def build(self, host_blocks: int) -> None:
+        self.pool = BlockPool(9, 2, host_blocks=host_blocks)
+
+    def copy(self) -> None:
+        for to_host, block, host_block in self.pool.take_transfers():
+            if to_host:
+                self.on_host[host_block] = self.contents[block]
+            else:
+                self.contents[block] = self.on_host[host_block]
 
     @rule(blocks=st.lists(st.sampled_from([(0, 0), (0, 1)]), min_size=1, max_size=5))
     def start(self, blocks: list[tuple[int, int]]) -> None:
@@ -28,19 +42,24 @@ class PoolMachine(RuleBasedStateMachine):
             hashes.append(parent)
         hits = self.pool.match(hashes)
         missing = len(blocks) - hits.num_spans
-        if missing > self.pool.num_available - self.pool.num_idle_of(hits):
+        if missing > self.pool.num_available - self.pool.num_taken_by(hits):
             return
-        before = self.pool.num_available - self.pool.num_idle_of(hits)
-        self.pool.acquire(hits)
+        before = self.pool.num_available - self.pool.num_taken_by(hits)
+        (known,) = self.pool.acquire(hits)
+        assert set(hits.block_ids[0]) <= set(known)
+        assert len(known) == hits.num_spans == len(hits.block_ids[0]) + hits.num_spans_on_host
         new = self.pool.allocate(missing)
         assert self.pool.num_available == before - missing
         assert not set(new) & {block for table in self.tables for block in table}
-        table = [*hits.block_ids[0], *new]
+        self.copy()
+        assert [self.contents[block] for block in known] == hashes[: len(known)]
+        table = [*known, *new]
         for block, value in zip(table, hashes, strict=True):
+            self.contents[block] = value
             self.pool.publish([block], [value])
         self.tables.append(table)
         found = self.pool.match(hashes)
-        assert found.block_ids[0][: hits.num_spans] == hits.block_ids[0]
+        assert found.block_ids[0][: hits.num_spans] == known
         assert found.num_spans == len(hashes)
 
     @precondition(lambda self: self.tables)
@@ -56,10 +75,15 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.allocate(count)
             return
         self.tables.append(list(self.pool.allocate(count)))
+        self.copy()
+        self.contents.update(dict.fromkeys(self.tables[-1]))  # what it computes, nobody hits
 
     @invariant()
     def sound(self) -> None:
         self.pool.check_integrity([self.tables])
+        if self.pool.host:
+            held_there = self.pool.host.spans(0).items()
+            assert all(self.on_host[block] == value for value, (block,) in held_there)
         held = {block for table in self.tables for block in table}
         assert self.pool.num_referenced == len(held)
 
@@ -105,6 +129,41 @@ def test_a_prefix_used_lately_outlives_an_older_one() -> None:
     pool.allocate(2)
     assert pool.match(old).block_ids[0] == list(first)
     assert pool.match(new).block_ids[0] == []
+
+
+def test_what_was_evicted_comes_back_from_the_host_and_is_copied_there_once() -> None:
+    pool = BlockPool(3, 2, host_blocks=4)
+    blocks = pool.allocate(3)
+    hashes = publish_chain(pool, blocks)
+    pool.release(blocks)
+    other = pool.allocate(2)
+    assert [transfer[:2] for transfer in pool.take_transfers()] == [
+        (True, blocks[2]),
+        (True, blocks[1]),
+    ]
+    pool.release(other)
+    hit = pool.match(hashes)
+    assert (hit.num_spans, hit.num_spans_on_host) == (3, 2)
+    assert pool.num_taken_by(hit) == 3
+    (table,) = pool.acquire(hit)
+    assert [transfer[:2] for transfer in pool.take_transfers()] == [(False, b) for b in table[1:]]
+    pool.check_integrity([[table]])
+    pool.release(table)
+    pool.allocate(3)
+    assert [transfer[:2] for transfer in pool.take_transfers()] == [(True, blocks[0])]
+
+
+def test_the_host_forgets_what_was_used_longest_ago() -> None:
+    pool = BlockPool(2, 2, host_blocks=2)
+    chains = []
+    for salt in "abc":
+        blocks = pool.allocate(1)
+        chains.append(publish_chain(pool, blocks, salt))
+        pool.release(blocks)
+    pool.release(pool.allocate(2))  # evicts b and c; a left before
+    assert [pool.match(hashes).num_spans for hashes in chains] == [0, 1, 1]
+    assert pool.host is not None
+    assert pool.host.num_free == 0
 
 
 def test_only_a_shared_block_survives_one_of_its_owners() -> None:
@@ -165,15 +224,22 @@ def test_publishing_needs_an_owner_and_never_changes_a_hash() -> None:
         pool.publish([block], [b"y"])
 
 
-@pytest.mark.parametrize("fault", ["count", "index", "lost"])
+@pytest.mark.parametrize("fault", ["count", "index", "lost", "lost on the host", "ageless"])
 def test_the_integrity_check_sees_a_fault(fault: str) -> None:
-    pool = BlockPool(3, 2)
+    pool = BlockPool(3, 2, host_blocks=2)
+    host = pool.host
+    assert host is not None
+    host.save(0, b"evicted", [2])
     blocks = pool.allocate(2)
     publish_chain(pool, blocks)
     if fault == "count":
         pool._ref_counts[blocks[0]] += 1
     elif fault == "index":
         pool._head_of_hash[0].popitem()
+    elif fault == "ageless":
+        host.hold(0, [b"evicted"])
+    elif fault == "lost on the host":
+        host._free.clear()
     else:
         pool._free.clear()
     with pytest.raises(EngineError):

@@ -47,28 +47,29 @@ def test_layouts_of_known_models(
 
 
 @pytest.mark.parametrize(
-    ("kinds", "blocks", "steps"),
+    ("kinds", "blocks", "host_blocks", "steps"),
     [
-        ((FULL,), 24, 1_000),
-        ((FULL, LayerKind("window-8", 8, 2)), 36, 10_000),
-        ((FULL, LayerKind("window-9", 9)), 24, 1_000),
+        ((FULL,), 24, 0, 1_000),
+        ((FULL, LayerKind("window-8", 8, 2)), 31, 40, 10_000),
+        ((FULL, LayerKind("window-9", 9)), 24, 7, 1_000),
     ],
-    ids=["full", "aligned window", "unaligned window"],
+    ids=["full", "aligned window, host", "unaligned window, small host"],
 )
 def test_bytes_by_cause_sum_to_the_pool_after_every_one_of_10000_steps(
-    kinds: tuple[LayerKind, ...], blocks: int, steps: int
+    kinds: tuple[LayerKind, ...], blocks: int, host_blocks: int, steps: int
 ) -> None:
     """Random requests with shared prefixes and aborts; every tenth time each cause is compared with
-    a count made place by place.
+    a count made place by place. Prefixes that were evicted come back from the host's memory.
     """
     generator, tokens = random.Random(4), dict[str, list[int]]()
-    pool = BlockPool(blocks, 4, kinds=kinds, token_bytes=3)
+    pool = BlockPool(blocks, 4, kinds=kinds, token_bytes=3, host_blocks=host_blocks)
     scheduler = Scheduler(pool, 11, 6, 60, vocab_size=VOCAB)
     runner = MemoryRunner(VOCAB, kinds, 4, tokens.__getitem__)
     for step in range(steps):
         if generator.random() < 0.3 and scheduler.gauges().waiting < 4:
             add(scheduler, generator, tokens, f"r{step}")
         plan = scheduler.schedule()
+        runner.transfer(scheduler.take_transfers())
         scheduler.commit(plan, runner.run(plan))
         if generator.random() < 0.02:
             scheduler.abort(generator.choice(sorted(tokens)))
@@ -80,6 +81,8 @@ def test_bytes_by_cause_sum_to_the_pool_after_every_one_of_10000_steps(
     assert counts["preemptions"] > 0
     assert counts["prompt_tokens_cached"] > steps / 10
     assert counts["completions"] > steps / 50
+    if host_blocks:
+        assert min(runner.num_copied.values()) > steps / 50
 
 
 def publish(pool: BlockPool, hashes: list[bytes]) -> None:

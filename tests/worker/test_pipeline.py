@@ -6,7 +6,8 @@ too early, a token from the wrong place and a step that is forgotten all change 
 """
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.errors import EngineError
+from tilefleet_worker.host_cache import Transfer
 from tilefleet_worker.pipeline import Pipeline, StepRunner
 from tilefleet_worker.request import Delta, Request, SamplingParams
 from tilefleet_worker.scheduler import Scheduler
@@ -28,6 +30,8 @@ class Device:
 
     def __init__(self) -> None:
         self.memory: dict[tuple[int, int], int] = {}
+        self.host: dict[tuple[int, int], int] = {}
+        self.num_copied = 0
         self.newest: dict[int, int] = {}
         self.healthy = True
 
@@ -38,6 +42,16 @@ class Device:
     def check(self) -> None:
         if not self.healthy:
             raise RuntimeError("it is gone")
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        self.check()
+        for to_host, block, host_block in transfers:
+            for place in range(BLOCK):
+                if to_host:
+                    self.host[host_block, place] = self.memory[block, place]
+                else:
+                    self.memory[block, place] = self.host[host_block, place]
+        self.num_copied += len(transfers)
 
     def compute(self, rows: list[tuple[StepRow, int]]) -> StepResult:
         if not self.healthy:
@@ -95,26 +109,36 @@ class AheadDevice(Device):
     def __init__(self, failures: Failures) -> None:
         super().__init__()
         self.failures = failures
-        self.queue: list[Step] = []
+        self.queue: list[Step | Sequence[Transfer]] = []
         self.num_launched = self.num_pending = 0
 
     def launch(self, plan: StepPlan) -> Step:
         self.num_launched += 1
         if self.num_launched in self.failures.launches:
             raise MemoryError("no room for the inputs")
-        assert len(self.queue) < 2, "more than one step ahead"
+        steps = [one for one in self.queue if isinstance(one, Step)]
+        assert len(steps) < 2, "more than one step ahead"
         self.num_pending += int(plan.pending.sum())
         rows = list(zip(plan.rows, plan.slots.tolist(), plan.pending.tolist(), strict=True))
         self.queue.append(Step(self, rows, self.num_launched))
         return self.queue[-1]
 
     def run(self, plan: StepPlan) -> StepResult:
-        assert not self.queue, "a row was run alone while a step was under way"
+        self.catch_up(None)
         return super().run(plan)
 
-    def catch_up(self, last: Step) -> None:
-        while last.outcome is None:
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Behind the steps launched so far, however late those are begun."""
+        self.queue.append(transfers)
+
+    def catch_up(self, last: Step | None) -> None:
+        """Do what comes before this step's end; None: the copies that are left."""
+        while self.queue if last is None else last.outcome is None:
             step = self.queue.pop(0)
+            if not isinstance(step, Step):
+                super().transfer(step)
+                continue
+            assert last is not None, "a row was run alone while a step was under way"
             rows = [(self.named(row, slot, pending), slot) for row, slot, pending in step.rows]
             try:
                 if step.number in self.failures.steps:
@@ -149,7 +173,9 @@ def play(
     asked: list[Asked], eos: int, aborts: dict[int, int], device: StepRunner
 ) -> tuple[dict[str, list[int]], dict[str, Delta], Scheduler]:
     """Serve all of it. Returns tokens, the last delta of each request, and the empty scheduler."""
-    scheduler = Scheduler(BlockPool(14, BLOCK), 9, 3, 48, vocab_size=VOCAB, eos_token_ids=(eos,))
+    host_blocks = 10 if isinstance(device, AheadDevice) else 0
+    pool = BlockPool(14, BLOCK, host_blocks=host_blocks)
+    scheduler = Scheduler(pool, 9, 3, 48, vocab_size=VOCAB, eos_token_ids=(eos,))
     pipeline = Pipeline(device, scheduler, time.monotonic)
     tokens: dict[str, list[int]] = {f"r{index}": [] for index in range(len(asked))}
     ended: dict[str, Delta] = {}
@@ -234,7 +260,9 @@ def test_a_step_that_fails_with_another_in_flight_costs_nobody_a_token() -> None
 def test_preemption_waits_for_the_step_that_uses_the_blocks() -> None:
     """Blocks of a preempted request go to others at once: no step may still be writing them."""
     load = [Asked(8 + 3 * i, (i,), 20, 0, 0, False) for i in range(3)]
-    got, _, scheduler = play(load, POISON, {}, AheadDevice(Failures(steps={9: 2})))
+    device = AheadDevice(Failures(steps={9: 2}))
+    got, _, scheduler = play(load, POISON, {}, device)
+    assert device.num_copied > 0
     assert scheduler.gauges().counts["preemptions"] > 0
     assert got == play(load, POISON, {}, Device())[0]
 
@@ -271,6 +299,24 @@ def test_a_broken_device_is_an_error_of_the_engine() -> None:
         next(turns)
     pipeline.drain()
     assert not pipeline.busy
+
+
+def test_a_copy_that_fails_is_an_error_of_the_engine() -> None:
+    """Nobody's request asked for it, so nobody's request is run again."""
+    device = Device()
+    pool = BlockPool(14, BLOCK, host_blocks=4)
+    scheduler = Scheduler(pool, 9, 3, 48, vocab_size=VOCAB)
+    pipeline = Pipeline(device, scheduler, time.monotonic)
+    for name in "ab":
+        prompt = [ord(name) - 90] * 40
+        assert scheduler.add(Request(name, prompt, SamplingParams(2), 0.0)) is None
+    device.transfer = broken  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="could not be copied: no such memory"):
+        deque(turns_of(pipeline), maxlen=0)
+
+
+def broken(transfers: Sequence[Transfer]) -> None:
+    raise RuntimeError("no such memory")
 
 
 def test_steps_are_measured_from_the_end_of_the_one_before() -> None:

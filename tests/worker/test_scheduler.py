@@ -39,9 +39,10 @@ def ask(name: str, prompt: list[int], max_tokens: int = 4, **kwargs: object) -> 
 
 
 def step(scheduler: Scheduler, runner: FakeRunner | None = None) -> tuple[StepPlan, list[Delta]]:
-    plan = scheduler.schedule()
+    plan, runner = scheduler.schedule(), runner or FakeRunner(VOCAB)
+    runner.transfer(scheduler.take_transfers())
     assert len(plan.rows) == len(plan)  # spelled out now: blocks may move at the commit
-    deltas = scheduler.commit(plan, (runner or FakeRunner(VOCAB)).run(plan))
+    deltas = scheduler.commit(plan, runner.run(plan))
     scheduler.check_integrity()
     check_sums(scheduler)
     return plan, deltas
@@ -84,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     kinds = (FULL,)
     blocks = 12  # just enough for the longest request
+    host_blocks = 0
     drafts = 0
     formula = staticmethod(usual)
 
@@ -96,6 +98,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             length=48,
             kinds=self.kinds,
             drafts=self.drafts,
+            host_blocks=self.host_blocks,
         )
         self.runner = MemoryRunner(VOCAB, self.kinds, 4, self.tokens_of, self.formula)
         self.now = 0.0
@@ -136,7 +139,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.one_step()
 
     def one_step(self) -> None:
-        plan = self.scheduler.schedule()
+        plan = self.schedule()
         assert plan.num_tokens <= 7
         ids = [row.request_id for row in plan.rows]
         assert len(ids) == len(set(ids)) <= 3
@@ -146,6 +149,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert row.start + row.length <= len(row.block_ids) * 4
         self.take(self.scheduler.commit(plan, self.runner.run(plan)))
         self.scheduler.check_integrity()
+
+    def schedule(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        self.runner.transfer(self.scheduler.take_transfers())
+        return plan
 
     def take(self, deltas: list[Delta]) -> None:
         for delta in deltas:
@@ -162,7 +170,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
     def fault(self, data: st.DataObject) -> None:
-        plan = self.scheduler.schedule()
+        plan = self.schedule()
         if not plan.rows:
             return
         victim = data.draw(st.sampled_from([row.request_id for row in plan.rows]))
@@ -174,7 +182,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
     def abort_within_a_step(self, data: st.DataObject) -> None:
-        plan = self.scheduler.schedule()
+        plan = self.schedule()
         assert len(plan.rows) == len(plan)  # spelled out, as they are when a step is under way
         self.take(self.scheduler.abort(data.draw(st.sampled_from(sorted(self.asked)))))
         self.take(self.scheduler.commit(plan, self.runner.run(plan)))
@@ -223,13 +231,17 @@ class WindowMachine(SchedulerMachine):
 
     kinds = (FULL, LayerKind("window-9", 9, 2))
     blocks = 12 + 2 * 7
+    host_blocks = 9
 
 
 class OnlyWindowsMachine(SchedulerMachine):
-    """All layers have windows, as in Mistral v0.1: a pool smaller than the longest request."""
+    """All layers have windows, as in Mistral v0.1: a pool smaller than the longest request. The
+    host has room for everything.
+    """
 
     kinds = (LayerKind("window-8", 8),)
     blocks = 9
+    host_blocks = 60
 
 
 class SpeculatingMachine(WindowMachine):
@@ -533,6 +545,7 @@ class Ahead:
 
     def launch(self) -> tuple[StepPlan, StepResult] | None:
         plan = self.scheduler.schedule()
+        self.runner.transfer(self.scheduler.take_transfers())
         if not len(plan):
             return None
         rows = [
@@ -576,8 +589,9 @@ def test_one_step_ahead_gives_the_same_tokens(
 
     def fill() -> Scheduler:
         scheduler = make(
-            blocks=12 * len(kinds) ** 2, budget=9, concurrent=3, length=48, eos=(eos,), kinds=kinds
-        )
+            blocks=12 * len(kinds) ** 2, budget=9, concurrent=3, length=48, eos=(eos,),
+            kinds=kinds, host_blocks=8,
+        )  # fmt: skip
         for index, (length, answer, banned) in enumerate(asked):
             minimum = answer // 2 if banned else 0
             prompt = list(range(index, index + length))

@@ -23,11 +23,17 @@ class KindBytes:
     """Prefixes of nobody, kept to be hit again until their blocks are needed."""
     wasted: int = 0
     """Places in blocks of running requests behind their last token, or that left the window."""
+    on_host: int = 0
+    """Evicted prefixes in the host's memory, kept to be copied back: no bytes of the pool."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolBytes:
-    """All bytes of the pool. kinds, free and spare sum to total."""
+    """All bytes of the pool. kinds, free and spare sum to total.
+
+    The host's memory for evicted prefixes is counted beside it: on_host of kinds and host_free sum
+    to host_total.
+    """
 
     kinds: tuple[KindBytes, ...] = ()
     free: int = 0
@@ -35,12 +41,18 @@ class PoolBytes:
     spare: int = 0
     """The block of self-checks and padding."""
     total: int = 0
+    host_free: int = 0
+    host_total: int = 0
 
     def by_cause(self) -> dict[str, int]:
         """Bytes over all kinds: live, reserved, cached, wasted, free, spare. They sum to total."""
         causes = ("live", "reserved", "cached", "wasted")
         sums = {cause: sum(getattr(kind, cause) for kind in self.kinds) for cause in causes}
         return {**sums, "free": self.free, "spare": self.spare}
+
+    def host_by_cause(self) -> dict[str, int]:
+        """Bytes of the host's memory: cached and free. They sum to host_total."""
+        return {"cached": sum(kind.on_host for kind in self.kinds), "free": self.host_free}
 
 
 EMPTY_POOL = PoolBytes()
@@ -70,13 +82,19 @@ def accounting(pool: BlockPool, table: RequestTable, slots: Ints) -> PoolBytes:
             wasted += _left_window(pool, kind, held, slots, computed)
         live = pool.num_used_spans[index] * size - reserved - wasted
         cached = pool.num_idle_spans[index] * size
+        on_host = pool.host.num_spans(index) * size if pool.host else 0
         token_bytes = kind.width * pool.token_bytes
-        amounts = [tokens * token_bytes for tokens in (live, reserved, cached, wasted)]
+        amounts = [tokens * token_bytes for tokens in (live, reserved, cached, wasted, on_host)]
         kinds.append(KindBytes(kind.name, *amounts))
     block_bytes = pool.block_size * pool.token_bytes
     free = pool.num_available - pool.num_idle
     total = (pool.num_blocks + 1) * block_bytes
-    return PoolBytes(tuple(kinds), free * block_bytes, block_bytes, total)
+    host_free = pool.host.num_free if pool.host else 0
+    host_blocks = pool.host.num_blocks if pool.host else 0
+    return PoolBytes(
+        tuple(kinds), free * block_bytes, block_bytes, total, host_free * block_bytes,
+        host_blocks * block_bytes,
+    )  # fmt: skip
 
 
 def _left_window(

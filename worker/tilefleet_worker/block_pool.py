@@ -5,14 +5,15 @@ span is in exactly one state: *referenced* (in the tables of one or more request
 while a step under way may still use it) or *idle* (of nobody, but its tokens are published and may
 be hit again); all other blocks are *free*, for any kind. Idle spans are evicted in
 least-recently-used order when the free blocks run out. A span goes by the id of its first block,
-its head. Knows no tensor and no request.
+its head. Host memory may keep copies of what is evicted. Knows no tensor and no request.
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from tilefleet_worker.errors import ConfigError, EngineError
+from tilefleet_worker.host_cache import HostCache, Transfer
 from tilefleet_worker.layer_kinds import FULL, LayerKind
 from tilefleet_worker.prefix_chain import chain_root
 
@@ -24,12 +25,20 @@ class Hit(NamedTuple):
     """Spans of tokens that need not be computed."""
     block_ids: tuple[Sequence[int], ...]
     """Of each kind, the blocks that the token after them still sees: of a window the last ones."""
+    on_host: tuple[dict[int, bytes], ...] = ()
+    """Of each kind, spans missing among those blocks that host memory has: number → hash."""
+
+    @property
+    def num_spans_on_host(self) -> int:
+        """Spans of tokens that need a copy from the host in any kind."""
+        return len(set().union(*self.on_host))
 
 
 class BlockPool:
     """A fixed number of blocks with reference counts, a prefix index and an LRU of idle spans.
 
-    kinds: layer kinds of the model. token_bytes: bytes of one token in one block.
+    kinds: layer kinds of the model. token_bytes: bytes of one token in one block. host_blocks:
+    blocks of host memory for evicted prefixes; then `take_transfers` must be obeyed.
     """
 
     def __init__(
@@ -41,12 +50,14 @@ class BlockPool:
         token_bytes: int = 1,
         prefix_caching: bool = True,
         fingerprint: str = "",
+        host_blocks: int = 0,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(
                 f"A pool of {num_blocks} blocks of {block_size} tokens holds nothing: give the KV "
                 "cache more memory."
             )
+        self.host = HostCache(host_blocks, len(kinds)) if host_blocks and prefix_caching else None
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.kinds = kinds
@@ -120,24 +131,35 @@ class BlockPool:
         as the next token sees.
         """
         length = len(hashes) if self.prefix_caching else 0
-        for kind, heads in zip(self.kinds, self._head_of_hash, strict=True):
+        for index, kind in enumerate(self.kinds):
             if not kind.window:
-                known = (i for i, value in enumerate(hashes[:length]) if value not in heads)
-                length = next(known, length)
+                knows = self._knows(index)
+                unknown = (i for i, value in enumerate(hashes[:length]) if not knows(value))
+                length = next(unknown, length)
         if len(self.kinds) > 1 or self.kinds[0].window:
             length = self._seen_by_windows(hashes, length)
+        indices = range(len(self.kinds))
         return Hit(
             length,
-            tuple(self._blocks(index, hashes, length) for index in range(len(self.kinds))),
+            tuple(self._blocks(index, hashes, length) for index in indices),
+            tuple(self._on_host(index, hashes, length) for index in indices) if self.host else (),
         )
+
+    def _knows(self, index: int) -> Callable[[bytes], bool]:
+        """Whether a span of kind `index` can be hit, on the device or on the host."""
+        heads = self._head_of_hash[index]
+        if self.host is None:
+            return heads.__contains__
+        on_host = self.host.spans(index)
+        return lambda value: value in heads or value in on_host
 
     def _seen_by_windows(self, hashes: Sequence[bytes], length: int) -> int:
         """The most spans, up to `length`, whose ends are known as far as each window reaches."""
         fits = [True] * (length + 1)
-        for kind, heads in zip(self.kinds, self._head_of_hash, strict=True):
-            known = 0
+        for index, kind in enumerate(self.kinds):
+            known, knows = 0, self._knows(index)
             for end in range(1, length + 1 if kind.window else 0):
-                known = known + 1 if hashes[end - 1] in heads else 0
+                known = known + 1 if knows(hashes[end - 1]) else 0
                 seen = end - kind.first_span(end * self.block_size, self.block_size)
                 fits[end] &= known >= seen
         return next(end for end in range(length, -1, -1) if fits[end])
@@ -145,8 +167,13 @@ class BlockPool:
     def _blocks(self, index: int, hashes: Sequence[bytes], length: int) -> Sequence[int]:
         kind, heads = self.kinds[index], self._head_of_hash[index]
         first = kind.first_span(length * self.block_size, self.block_size)
-        found = [heads[value] for value in hashes[first:length]]
+        found = [heads[value] for value in hashes[first:length] if value in heads]
         return found if kind.width == 1 else [b for head in found for b in self._span(head)]
+
+    def _on_host(self, index: int, hashes: Sequence[bytes], length: int) -> dict[int, bytes]:
+        kind, heads = self.kinds[index], self._head_of_hash[index]
+        first = kind.first_span(length * self.block_size, self.block_size)
+        return {span: hashes[span] for span in range(first, length) if hashes[span] not in heads}
 
     def _span(self, head: int) -> tuple[int, ...]:
         return (head, *self._others.get(head, ()))
@@ -155,16 +182,24 @@ class BlockPool:
         """Requests that hold the span of this head."""
         return self._ref_counts[head]
 
-    def num_idle_of(self, hit: Hit) -> int:
-        """How many blocks of a hit are idle, so that acquiring them makes fewer available."""
-        idle = 0
+    def num_taken_by(self, hit: Hit) -> int:
+        """How many fewer blocks are available once a hit is acquired: idle ones, and those that
+        its spans on the host are copied to.
+        """
+        taken = 0
         for kind, block_ids in zip(self.kinds, hit.block_ids, strict=True):
             heads = block_ids[:: kind.width]
-            idle += kind.width * sum(1 for head in heads if self._ref_counts[head] == 0)
-        return idle
+            taken += kind.width * sum(1 for head in heads if self._ref_counts[head] == 0)
+        for kind, missing in zip(self.kinds, hit.on_host, strict=False):
+            taken += kind.width * len(missing)
+        return taken
 
-    def acquire(self, hit: Hit) -> None:
-        """Add one reference to each block found by `match`."""
+    def acquire(self, hit: Hit) -> tuple[Sequence[int], ...]:
+        """Add one reference to each span found by `match`; those on the host get blocks first.
+
+        Returns the blocks of each kind, span by span. Raises EngineError when too few are
+        available: the caller must compare `num_available` with `num_taken_by`.
+        """
         for index, block_ids in enumerate(hit.block_ids):
             for head in block_ids[:: self.kinds[index].width]:
                 if self._ref_counts[head] == 0:
@@ -172,6 +207,27 @@ class BlockPool:
                     self.num_idle_spans[index] -= 1
                     self.num_used_spans[index] += 1
                 self._ref_counts[head] += 1
+        return self._bring_back(self.host, hit) if self.host else hit.block_ids
+
+    def _bring_back(self, host: HostCache, hit: Hit) -> tuple[Sequence[int], ...]:
+        """The blocks of a hit with those in between that its spans on the host are copied to."""
+        for index, missing in enumerate(hit.on_host):
+            host.hold(index, missing.values())
+        tables = []
+        for index, (block_ids, missing) in enumerate(zip(hit.block_ids, hit.on_host, strict=True)):
+            width, blocks = self.kinds[index].width, list(block_ids)
+            first = hit.num_spans - len(blocks) // width - len(missing)
+            for span, value in missing.items():  # in rising order
+                taken = self.allocate(1, index)
+                host.load(index, value, taken)
+                self.publish(taken, [value], index)
+                blocks[(span - first) * width : (span - first) * width] = taken
+            tables.append(blocks)
+        return tuple(tables)
+
+    def take_transfers(self) -> list[Transfer]:
+        """Blocks to copy, all and in this order, before the next step that is begun."""
+        return self.host.take_transfers() if self.host else []
 
     def allocate(self, count: int, index: int = 0) -> tuple[int, ...]:
         """Take `count` spans of kind `index`, one reference each: their blocks, span by span.
@@ -202,6 +258,8 @@ class BlockPool:
         if value is not None:
             del self._head_of_hash[index][value]
             self._hashes[head] = None
+            if self.host:
+                self.host.save(index, value, self._span(head))
         self._set_free(head)
 
     def _set_free(self, head: int) -> None:
@@ -261,6 +319,8 @@ class BlockPool:
 
         tables: for each kind the blocks that each request holds.
         """
+        if self.host:
+            self.host.check_integrity()
         if self._deferred and not self.num_steps_under_way:
             raise EngineError("released blocks wait for a step although none is under way")
         free = set(self._free)

@@ -140,6 +140,11 @@ class ServeConfig:
         0.92, "--gpu-memory-fraction", "SHARE", _share,
         "share of the GPU's memory for weights, scratch and KV pool, without --kv-cache-memory",
     )  # fmt: skip
+    kv_offloading_size: int = _option(
+        0, "--kv-offloading-size", "SIZE", parse_quantity,
+        "bytes of host memory, pinned at start, that keep KV blocks of evicted prefixes until they "
+        "are hit again; a number of bytes or a quantity; default: none",
+    )  # fmt: skip
     block_size: int = _option(
         0, "--block-size", "TOKENS", _whole(1, 1024),
         "tokens in one KV block; smaller wastes less at the end of a sequence, larger is cheaper; "
@@ -235,6 +240,7 @@ def engine_config(config: ServeConfig, *, num_cpus: int) -> EngineConfig:
         backend=config.backend,
         dtype=config.dtype,
         kv_cache_bytes=config.kv_cache_memory,
+        kv_offloading_bytes=config.kv_offloading_size,
         gpu_memory_fraction=config.gpu_memory_fraction,
         block_size=config.block_size,
         prefix_caching=config.prefix_caching,

@@ -23,6 +23,9 @@ class EngineConfig:
     kv_cache_bytes: int = 0
     """Memory of the KV cache, allocated once at start. 0: 256 MiB on a CPU; on a GPU what
     gpu_memory_fraction leaves, measured after the weights."""
+    kv_offloading_bytes: int = 0
+    """Host memory for KV blocks of evicted prefixes, which are copied back when they are hit again.
+    0: evicted is forgotten. For backend cpu it is the same memory as the pool: of use to tests."""
     gpu_memory_fraction: float = 0.92
     """Share of a GPU's memory that all of this process may take when kv_cache_bytes is 0."""
     block_size: int = 0
@@ -52,12 +55,17 @@ class EngineConfig:
         for name in ("max_batch_tokens", "max_concurrent"):
             _at_least(name, getattr(self, name), 1)
         for name in ("kv_cache_bytes", "block_size", "max_waiting", "max_model_len", "threads",
-                     "speculative_ngram"):  # fmt: skip
+                     "speculative_ngram", "kv_offloading_bytes"):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             raise ConfigError(
                 f"gpu_memory_fraction is {self.gpu_memory_fraction}: it must be above 0 and at "
                 "most 1."
+            )
+        if self.kv_offloading_bytes and not self.prefix_caching:
+            raise ConfigError(
+                f"kv_offloading_bytes is {self.kv_offloading_bytes}, but without prefix caching "
+                "there is nothing to keep: drop --kv-offloading-size or --no-prefix-caching."
             )
         if self.stall_seconds <= 0:
             raise ConfigError(f"stall_seconds is {self.stall_seconds}: it must be above 0.")

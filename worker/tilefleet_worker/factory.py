@@ -16,8 +16,8 @@ from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import ConfigError
-from tilefleet_worker.kv_cache import KVCache, block_bytes, num_blocks_for
-from tilefleet_worker.layer_kinds import CacheLayout, LayerKind
+from tilefleet_worker.kv_cache import KVCache, block_bytes, host_blocks_for, num_blocks_for
+from tilefleet_worker.layer_kinds import FULL, CacheLayout, LayerKind
 from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.pipeline import StepRunner
 from tilefleet_worker.runner import Runner
@@ -57,6 +57,7 @@ class _Built:
 
     runner: StepRunner
     num_blocks: int
+    host_blocks: int
     block_bytes: int
     kinds: tuple[LayerKind, ...]
     batch_invariant: bool
@@ -130,11 +131,12 @@ def _on_cpu(
     phases.end("weights")
     cache = KVCache(model_config, num_blocks, config.block_size, layout=layout)
     phases.end("pool")
-    runner = Runner(model, cache, backend)
+    host_blocks = host_blocks_for(config.kv_offloading_bytes, size, layout.kinds)
+    runner = Runner(model, cache, backend, host_blocks)
     runner.warm_up(config.max_batch_tokens)
     batch_invariant = runner.batch_invariant()
     phases.end("warmup")
-    return _Built(runner, num_blocks, size, layout.kinds, batch_invariant, _cpu(), {})
+    return _Built(runner, num_blocks, host_blocks, size, layout.kinds, batch_invariant, _cpu(), {})
 
 
 def _on_gpu(
@@ -159,10 +161,12 @@ def _on_gpu(
             f"{'; '.join(reasons)}. Use --backend cpu, or a model without."
         )
     dtype = DTYPES[config.dtype]
+    size = block_bytes(model_config, config.block_size, dtype)
+    host_blocks = host_blocks_for(config.kv_offloading_bytes, size, (FULL,))
     limits = GPULimits(
         config.max_batch_tokens, min(config.max_concurrent, config.max_batch_tokens),
         config.max_model_len, config.block_size, config.kv_cache_bytes, config.gpu_memory_fraction,
-        config.max_concurrent, config.batch_invariant,
+        config.max_concurrent, config.batch_invariant, host_blocks,
     )  # fmt: skip
     try:
         with torch.inference_mode(), Weights(model_dir, on_progress) as source:
@@ -182,10 +186,12 @@ def _on_gpu(
         ) from error
     batch_invariant = runner.batch_invariant()
     phases.end("capture")
-    size = block_bytes(model_config, config.block_size, dtype)
     facts = gpu_device.facts(device)
     kinds = cache.layout.kinds
-    return _Built(runner, cache.num_blocks, size, kinds, batch_invariant, facts, runner.graph_facts)
+    return _Built(
+        runner, cache.num_blocks, host_blocks, size, kinds, batch_invariant, facts,
+        runner.graph_facts,
+    )  # fmt: skip
 
 
 def _scheduler(
@@ -197,6 +203,7 @@ def _scheduler(
         kinds=built.kinds,
         token_bytes=built.block_bytes // config.block_size,
         prefix_caching=config.prefix_caching,
+        host_blocks=built.host_blocks,
         fingerprint=f"{model_dir.resolve()}|{model_config}|{config.dtype}|{config.block_size}",
     )
     return Scheduler(

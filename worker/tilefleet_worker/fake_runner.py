@@ -1,10 +1,12 @@
 """A fake runner: no model, tokens from a formula. For tests and for load without a device."""
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from tilefleet_worker.choice import Floats, choose, score
+from tilefleet_worker.host_cache import Transfer
 from tilefleet_worker.request import TokenLogprob
 from tilefleet_worker.step import StepPlan, StepResult, StepRow
 
@@ -69,6 +71,9 @@ class FakeRunner:
 
     def check(self) -> None:
         """The fake device is always healthy."""
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """It keeps nothing in blocks, so there is nothing to copy."""
 
     def _token(self, row: StepRow) -> int:
         """The formula's token, as if it had all the probability, unless something reshapes it."""

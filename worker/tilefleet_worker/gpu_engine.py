@@ -25,6 +25,7 @@ class GPULimits:
 
     max_slots: requests that hold KV blocks; 0: max_rows.
     batch_invariant: decodes of up to 256 rows get the bits that they get alone, where possible.
+    host_blocks: blocks of host memory for evicted prefixes.
     """
 
     max_batch_tokens: int
@@ -35,6 +36,7 @@ class GPULimits:
     memory_fraction: float = 0.92
     max_slots: int = 0
     batch_invariant: bool = True
+    host_blocks: int = 0
 
 
 def build_runner(
@@ -62,7 +64,7 @@ def build_runner(
     blocks = num_blocks_for(config, limits.block_size, pool_bytes, dtype)
     cache = KVCache(config, blocks, limits.block_size, dtype, device)
     decoder = _decoder(config, weights, workspace, limits.batch_invariant)
-    return GPURunner(decoder, cache, attention, inputs, sampler), cache
+    return GPURunner(decoder, cache, attention, inputs, sampler, limits.host_blocks), cache
 
 
 def _decoder(

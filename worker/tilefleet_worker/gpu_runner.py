@@ -4,6 +4,7 @@ CUDA and ROCm by the same calls. On a CPU it runs the same kernels in Triton's i
 graphs, for tests.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,8 @@ from tilefleet_worker.errors import EngineError
 from tilefleet_worker.fused_decoder import FusedDecoder, StepInputs
 from tilefleet_worker.gpu_step import LaunchedStep, Mailbox
 from tilefleet_worker.graphs import DecodeGraphs
+from tilefleet_worker.host_arena import HostArena
+from tilefleet_worker.host_cache import Transfer
 from tilefleet_worker.kernels.sampling import SamplerWorkspace, choose_tokens
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.request import SamplingParams
@@ -40,12 +43,15 @@ class GPURunner:
         attention: TritonAttention,
         inputs: InputBuffer,
         sampler: SamplerWorkspace,
+        host_blocks: int = 0,
     ) -> None:
+        """host_blocks: blocks of host memory for evicted prefixes."""
         self._decoder = decoder
         self._cache = cache
         self._attention = attention
         self._inputs = inputs
         self._sampler = sampler
+        self._host = HostArena(cache, host_blocks)
         self._max_rows = len(sampler.tokens)
         device = sampler.tokens.device
         self._mailbox = Mailbox(self._max_rows, device)
@@ -73,6 +79,13 @@ class GPURunner:
             tokens = self._mailbox.receive(self._sampler.tokens[: len(arrays.samples)])
             arrived = self._mailbox.arrival()
         return LaunchedStep(tokens, _ids(plan, arrays), arrays, self._cache, rows, found, arrived)
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Copy blocks between pool and host memory, behind the steps launched; waits for nothing.
+
+        On the stream of the steps, as a step that reads them or writes to them may follow at once.
+        """
+        self._host.copy(transfers)
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Logits fp32 [sampled rows, vocabulary] in the order of the plan's sampled rows."""

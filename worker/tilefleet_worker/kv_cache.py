@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from tilefleet_worker.errors import ConfigError
-from tilefleet_worker.layer_kinds import CacheLayout
+from tilefleet_worker.layer_kinds import CacheLayout, LayerKind
 from tilefleet_worker.model_config import ModelConfig
 
 
@@ -39,6 +39,20 @@ def num_blocks_for(
         raise ConfigError(
             f"The KV cache has {kv_cache_bytes} bytes, but a block of {block_size} tokens takes "
             f"{size} and {least + 1} are needed: give it at least {(least + 1) * size} bytes."
+        )
+    return count
+
+
+def host_blocks_for(kv_offloading_bytes: int, size: int, kinds: Sequence[LayerKind]) -> int:
+    """Blocks of `size` bytes that fit into host memory; 0 for no memory.
+
+    Raises ConfigError when there is some, but too little for a span of every kind.
+    """
+    least, count = max(kind.width for kind in kinds), kv_offloading_bytes // size
+    if kv_offloading_bytes > 0 and count < least:
+        raise ConfigError(
+            f"--kv-offloading-size is {kv_offloading_bytes} bytes, but a prefix takes at least "
+            f"{least} blocks of {size}: give at least {least * size}, or leave it out."
         )
     return count
 
@@ -92,6 +106,10 @@ class KVCache:
     def layer(self, index: int) -> torch.Tensor:
         """Keys and values of one layer: [2, blocks + 1, block_size, kv_heads, head_dim]."""
         return self._layers[self.layout.places[index]]
+
+    def block(self, block_id: int) -> torch.Tensor:
+        """All of one block: [layers of a block, 2, block_size, kv_heads, head_dim]."""
+        return self._tensor[:, :, block_id]
 
     def scrub(self, block_ids: Sequence[int]) -> None:
         """Replace values that are not finite by 0 in these blocks.

@@ -6,11 +6,12 @@ one bad request ends alone. Knows no thread, no inbox and no tensor.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from tilefleet_worker.errors import EngineError
+from tilefleet_worker.host_cache import Transfer
 from tilefleet_worker.request import Delta
 from tilefleet_worker.scheduler import Scheduler
 from tilefleet_worker.step import StepPlan, StepResult
@@ -30,6 +31,10 @@ class StepRunner(Protocol):
 
     def check(self) -> None:
         """Raise when the device cannot run even a step that is known to be good."""
+        ...
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Copy blocks between device and host: behind the steps launched, before the next one."""
         ...
 
 
@@ -90,6 +95,7 @@ class Pipeline:
         device is broken.
         """
         plan = self._scheduler.schedule()
+        self._transfer()
         if self._launching is None:
             result = self._run(plan) if len(plan) else StepResult({})
             return self._commit(plan, result, began_seconds)
@@ -111,6 +117,18 @@ class Pipeline:
             deltas, steps = deltas + more[0], steps + more[1]
         self._under_way = step
         return deltas, steps
+
+    def _transfer(self) -> None:
+        """Make the copies that the newest plan relies on. They are of no request: one that fails
+        is the end of the device.
+        """
+        transfers = self._scheduler.take_transfers()
+        if not transfers:
+            return
+        try:
+            self._runner.transfer(transfers)
+        except Exception as error:
+            raise EngineError(f"KV blocks could not be copied: {error}") from error
 
     def drain(self) -> None:
         """Wait for what is under way, whatever becomes of it."""

@@ -199,6 +199,8 @@ class Delta(NamedTuple):
     """How often the request lost its blocks; on the last delta."""
     started_seconds: float | None = None
     """When the request left the queue, on the engine's clock; on its first delta after that."""
+    num_host_tokens: int = 0
+    """Those among the cached prompt tokens that host memory held; on the last delta."""
 
 
 @dataclass(frozen=True, slots=True)

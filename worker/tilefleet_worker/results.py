@@ -146,7 +146,7 @@ class Results:
         nothing: repeat[tuple[TokenLogprob, ...]] = repeat(())
         fields = zip(
             plan.request_ids, zip(token_ids), none, none, cached, nothing, nothing,
-            repeat(0), none, strict=False,
+            repeat(0), none, repeat(0), strict=False,
         )  # fmt: skip
         # Delta(*fields) runs Python for each; this builds the same tuples in half the time.
         deltas: list[Delta] = list(map(tuple.__new__, repeat(Delta), fields))

@@ -137,7 +137,7 @@ class Roster:
         cached = sequence.num_cached_tokens or 0
         return Delta(
             sequence.request_id, token_ids, reason, error, cached,
-            num_preemptions=sequence.num_preemptions,
+            num_preemptions=sequence.num_preemptions, num_host_tokens=sequence.num_host_tokens,
         )  # fmt: skip
 
     def overdue(self, now_seconds: float) -> list[Sequence]:

@@ -1,12 +1,14 @@
 """The runner: the only part that knows the device. A plan goes in, tokens come out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from tilefleet_worker.attention.base import AttentionBackend
 from tilefleet_worker.batch import build_batch
 from tilefleet_worker.errors import EngineError
+from tilefleet_worker.host_arena import HostArena
+from tilefleet_worker.host_cache import Transfer
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.models import Model
 from tilefleet_worker.request import SamplingParams
@@ -19,10 +21,14 @@ _CHECK_ID = "self-check"
 class Runner:
     """Owns model and cache; keeps nothing about requests, so a row can be run again."""
 
-    def __init__(self, model: Model, cache: KVCache, attention: AttentionBackend) -> None:
+    def __init__(
+        self, model: Model, cache: KVCache, attention: AttentionBackend, host_blocks: int = 0
+    ) -> None:
+        """host_blocks: blocks of host memory for evicted prefixes."""
         self._model = model
         self._cache = cache
         self._attention = attention
+        self._host = HostArena(cache, host_blocks)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute all rows of a plan in one pass. Raises what the framework raises."""
@@ -35,6 +41,10 @@ class Runner:
                     for block_ids in row.tables:
                         self._cache.scrub(block_ids)
             return result
+
+    def transfer(self, transfers: Sequence[Transfer]) -> None:
+        """Copy blocks between pool and host memory."""
+        self._host.copy(transfers)
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Logits [sampled rows, vocabulary] of a plan, for tests and measurements."""

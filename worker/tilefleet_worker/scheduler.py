@@ -14,6 +14,7 @@ from tilefleet_worker.admission import Limits
 from tilefleet_worker.block_pool import BlockPool, Hit
 from tilefleet_worker.drafts import Drafts
 from tilefleet_worker.errors import ConfigError
+from tilefleet_worker.host_cache import Transfer
 from tilefleet_worker.layer_kinds import Demand
 from tilefleet_worker.request import Delta, FinishReason, Refusal, Request
 from tilefleet_worker.request_table import Ints
@@ -139,6 +140,10 @@ class Scheduler:
             drafts = np.pad(drafts, (0, len(chunks)))
             lengths += drafts
         return self._plan(decodes, lengths, drafts)
+
+    def take_transfers(self) -> list[Transfer]:
+        """Blocks to copy, in this order, before the newest plan is run; also if it is empty."""
+        return self.pool.take_transfers()
 
     def _remaining(self, slots: Ints) -> Ints:
         """Tokens of each slot that can be scheduled now."""
@@ -273,7 +278,7 @@ class Scheduler:
         hit: its longest known prefix.
         """
         spans = self._demand.admission(sequence.num_tokens, hit.num_spans)
-        available = self.pool.num_available - self.pool.num_idle_of(hit)
+        available = self.pool.num_available - self.pool.num_taken_by(hit)
         if self._demand.blocks(spans) + self._growth_reserve() > available:
             return False
         self._roster.admit(sequence, hit)

@@ -30,6 +30,8 @@ class Sequence:
         self.slot = NO_SLOT
         self.num_cached_tokens: int | None = None
         """Prompt tokens that a hit spared at first admission; None before it."""
+        self.num_host_tokens = 0
+        """Those among them that came from the host's memory."""
         self.num_preemptions = 0
         self.num_overtaken = 0
         """How often a younger request was admitted while this one did not fit."""
@@ -98,11 +100,11 @@ class Sequence:
 
     def admit(self, table: RequestTable, pool: BlockPool, demand: Demand, hit: Hit) -> None:
         """Take a slot, the blocks of a hit and new ones for the tokens behind it."""
-        pool.acquire(hit)
+        tables = pool.acquire(hit)
         self.slot = table.take(self.request, self.num_tokens, self.end_token_ids)
         wanted = demand.admission(self.num_tokens, hit.num_spans)
         for index, (kind, count) in enumerate(zip(table.kinds, wanted, strict=True)):
-            found = hit.block_ids[index]
+            found = tables[index]
             kind.start(self.slot, hit.num_spans - len(found) // kind.width, pool.spare_block_id)
             kind.extend(self.slot, found)
             kind.extend(self.slot, pool.allocate(count, index))
@@ -111,6 +113,7 @@ class Sequence:
         table.last_token[self.slot] = self.token_ids[-1]
         if self.num_cached_tokens is None:
             self.num_cached_tokens = computed
+            self.num_host_tokens = hit.num_spans_on_host * pool.block_size
         table.num_cached[self.slot] = self.num_cached_tokens
 
     def publish(self, table: RequestTable, pool: BlockPool) -> None:

@@ -271,4 +271,5 @@ def model(tmp_path_factory, tokenizer_folder):
 
 @pytest.fixture(scope="session")
 def real(model, start_real):
-    return start_real("--model", f"file://{model}", *SMALL).wait_ready()
+    host = ("--kv-offloading-size", "6Mi")
+    return start_real("--model", f"file://{model}", *SMALL, *host).wait_ready()

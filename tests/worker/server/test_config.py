@@ -91,6 +91,9 @@ def test_config_is_frozen_and_resolves_without_auto():
     assert (resolved.max_model_len, resolved.threads) == (512, 3)
     assert "auto" not in dataclasses.asdict(resolved).values()
     assert (resolved.kv_cache_memory, resolved.block_size) == (256 * 2**20, 16)
+    pointless = ["--model", "/m", "--kv-offloading-size", "1Gi", "--no-prefix-caching"]
+    with pytest.raises(ConfigError, match="nothing to keep"):
+        engine_config(parse_args(pointless), num_cpus=3)
     again = engine_config(resolved, num_cpus=8).resolve(model_max_len=512)
     assert resolve(resolved, again) == resolved
 

@@ -18,6 +18,7 @@ NEEDED = {entry["series"]: entry["type"] for entry in LISTED if "missing" not in
     "tilefleet_worker_kv_blocks": "gauge",
     "tilefleet_worker_kv_bytes": "gauge",
     "tilefleet_worker_kv_pool_bytes": "gauge",
+    "tilefleet_worker_kv_host_bytes": "gauge",
     "tilefleet_worker_step_duration_seconds": "histogram",
     "tilefleet_worker_draining": "gauge",
     "tilefleet_worker_startup_phase_seconds": "gauge",

@@ -89,6 +89,34 @@ def test_stats_name_device_config_and_phases(real):
     causes = ("used", "wasted", "cached", "free", "spare")
     assert sum(kv[cause] for cause in causes) == kv["total"] <= 4 * 2**20
     assert kv["total"] > 3 * 2**20
+    assert kv["host"]["cached"] + kv["host"]["free"] == kv["host"]["total"] == 6 * 2**20
+    assert sum(kind["on_host"] for kind in kv["kinds"]) == kv["host"]["cached"]
+
+
+def test_a_prefix_that_was_evicted_comes_back_from_the_host(real):
+    """The answer is the same, and the metrics say where its prompt came from."""
+    spare = {"model": "qwen3-tiny", "max_tokens": 8, "temperature": 0, "logprobs": 1}
+
+    def ask(number):
+        prompt = f"{number} and so on " * 90
+        reply = httpx.post(
+            real.api + "/v1/completions", json=spare | {"prompt": prompt}, timeout=90
+        )
+        return reply.json()["choices"][0]["text"], reply.json()["choices"][0]["logprobs"]
+
+    def counted(name):
+        page = httpx.get(real.admin + "/metrics").text
+        (line,) = [line for line in page.splitlines() if line.startswith(name) and "{" in line]
+        return float(line.split()[-1])
+
+    first = ask(0)
+    hits = "vllm:external_prefix_cache_hits_total"
+    before = counted(hits)
+    for number in range(1, 12):  # more than the pool holds
+        ask(number)
+    assert ask(0) == first
+    assert counted(hits) - before > 1000
+    assert counted("vllm:external_prefix_cache_queries_total") > counted(hits)
 
 
 def test_truncated_weights_are_named(model, tmp_path):

@@ -77,6 +77,7 @@ class Answer:
         self.num_preemptions = 0
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.num_host_tokens = 0
         self.total_logprob = 0.0
         """Sum of the log probabilities of its tokens, as far as they were asked for."""
         self.timing = Timing()
@@ -90,6 +91,7 @@ class Answer:
     def take(self, delta: Delta) -> Piece:
         """The piece that a delta adds. Sets `end`, by the delta's reason or by a stop string."""
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        self.num_host_tokens = max(self.num_host_tokens, delta.num_host_tokens)
         self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
         self.timing.left_queue = delta.started_seconds or self.timing.left_queue
         self.total_logprob += sum(entry.logprob for entry in delta.logprobs)

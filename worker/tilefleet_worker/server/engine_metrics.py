@@ -155,6 +155,12 @@ class EngineCollector(Collector):
             causes,
         )
         yield self._gauge("tilefleet_worker_kv_pool_bytes", "Bytes of the KV pool.", kv["total"])
+        yield self._by(
+            "tilefleet_worker_kv_host_bytes",
+            "Bytes of host memory for evicted prefixes (--kv-offloading-size) by cause.",
+            "cause",
+            {cause: kv["host"][cause] for cause in ("cached", "free")},
+        )
 
     def _last_step(self) -> float:
         service = self._state.service

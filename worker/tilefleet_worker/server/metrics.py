@@ -39,6 +39,7 @@ class Metrics:
         self._names = (state.model_name, "0")
         self._histograms = {name: self._histogram(name, *spec) for name, spec in HISTOGRAMS.items()}
         self._counters = {name: self._counter(name, text) for name, text in COUNTERS.items()}
+        self._offloads = state.config.kv_offloading_size > 0
         self._labelled = {name: self._by(name, *spec) for name, spec in LABELLED.items()}
         self._rejections = self._plain(
             "vllm:admission_rejections", "Requests refused at a queue bound.", "reason",
@@ -139,20 +140,27 @@ class Metrics:
         timing = answer.timing
         if timing.first_token is None:
             return
-        self._prompt(len(answer.request.prompt_token_ids), answer.num_cached_tokens)
+        prompt = len(answer.request.prompt_token_ids)
+        self._prompt(prompt, answer.num_cached_tokens, answer.num_host_tokens)
         for name, value in (_times(answer) | _sizes(answer)).items():
             self._histograms[name].observe(value)
 
-    def _prompt(self, prompt: int, cached: int) -> None:
+    def _prompt(self, prompt: int, cached: int, from_host: int) -> None:
         self._histograms["request_prompt_tokens"].observe(prompt)
         self._histograms["request_prefill_kv_computed_tokens"].observe(prompt - cached)
         for name in ("prompt_tokens", "prefix_cache_queries"):
             self._counters[name].inc(prompt)
-        for name in ("prompt_tokens_cached", "prefix_cache_hits"):
-            self._counters[name].inc(cached)
+        on_device = cached - from_host
+        self._counters["prompt_tokens_cached"].inc(cached)
+        self._counters["prefix_cache_hits"].inc(on_device)
+        if self._offloads:
+            self._counters["external_prefix_cache_queries"].inc(prompt - on_device)
+            self._counters["external_prefix_cache_hits"].inc(from_host)
         self._labelled["prompt_tokens_by_source"]["local_compute"].inc(prompt - cached)
-        self._labelled["prompt_tokens_by_source"]["local_cache_hit"].inc(cached)
-        self._labelled["prompt_tokens_cached_by_source"]["device"].inc(cached)
+        self._labelled["prompt_tokens_by_source"]["local_cache_hit"].inc(on_device)
+        self._labelled["prompt_tokens_by_source"]["external_kv_transfer"].inc(from_host)
+        self._labelled["prompt_tokens_cached_by_source"]["device"].inc(on_device)
+        self._labelled["prompt_tokens_cached_by_source"]["host"].inc(from_host)
 
     def families(self) -> Iterable[Metric]:
         """All families, with what they count now."""

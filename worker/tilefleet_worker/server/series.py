@@ -56,7 +56,9 @@ COUNTERS: Mapping[str, str] = {
     "generation_tokens": "Tokens generated.",
     "prompt_tokens_cached": "Prompt tokens that the prefix cache spared.",
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
-    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache on the device.",
+    "external_prefix_cache_queries": "Prompt tokens looked up in host memory, too.",
+    "external_prefix_cache_hits": "Prompt tokens copied back from host memory.",
 }
 LABELLED: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "request_success": ("Requests ended, by reason.", "finished_reason", FINISHED_REASONS),

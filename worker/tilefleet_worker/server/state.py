@@ -165,7 +165,9 @@ class WorkerState:
         used: computed tokens of running requests that are still read, and places of those that are
         next. wasted: places behind them, or that left a window. cached: of nobody, but can be hit
         again. free: hold nothing. spare: one block that no request gets, for rows that only fill a
-        batch up. kinds: the same for each kind of layers, with used as live and reserved.
+        batch up. kinds: the same for each kind of layers, with used as live and reserved, and
+        on_host: evicted prefixes in host memory. host: what that memory is used for; cached and
+        free sum to its total, which is no part of the pool's.
         """
         found = self.engine_stats().kv
         causes = found.by_cause()
@@ -174,5 +176,6 @@ class WorkerState:
             "total": found.total,
             "used": causes["live"] + causes["reserved"],
             **{cause: causes[cause] for cause in KV_CAUSES if cause != "used"},
+            "host": {**found.host_by_cause(), "total": found.host_total},
             "kinds": [dataclasses.asdict(kind) for kind in found.kinds],
         }
