@@ -1,19 +1,26 @@
 """Paged attention on the GPU at hand: check against fp32, then time; JSON lines.
 
-One call builds, checks and measures. Peers in the same run: torch SDPA flash and cuDNN over
-contiguous KV (they are spared the block table), and the device's own copy rate as the floor of
-decode. With --sweep every tile of a small grid is timed: the evidence for
+One call builds, checks and measures. Peers in the same call: torch SDPA flash and cuDNN over
+contiguous KV (they are spared the block table); with --vllm FOLDER the FlashAttention-3 and the
+unified Triton kernel of the vLLM installed there, over the same pool and block table; the device's
+own copy rate as the floor of decode. Every call is timed in a CUDA graph of several, each over a
+pool of its own that the L2 no longer holds: as an engine decodes, layer behind layer. With --sweep
+every tile of a small grid is timed: the evidence for
 worker/tilefleet_worker/attention/triton/tiles.py.
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 import triton
+from peers.attention import Call, PagedCase, contiguous, find_vllm, torch_calls, vllm_calls
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
@@ -23,6 +30,7 @@ from tilefleet_worker.attention.triton.tiles import (
     PREFILL,
     DecodeTile,
     PrefillTile,
+    architecture,
     decode_tile,
 )
 
@@ -33,6 +41,8 @@ DECODES = [  # sequences, context, heads, KV heads, head dim
     (256, 1152, 32, 8, 128),
 ]  # fmt: skip
 PREFILLS = [(1, 8192, 8192), (8, 4096, 4096), (16, 1024, 1024), (1, 2048, 32768), (4, 512, 8192)]
+FOOTPRINT = 10**9  # bytes of the pools that the calls of one graph read, 20 times an H100's L2
+REPLAYS = 9
 
 
 def commit() -> str:
@@ -59,18 +69,28 @@ def emit(
     print(json.dumps(row | {"commit": COMMIT}), flush=True)
 
 
-def microseconds(call) -> float:
-    """Median time of one replay of the captured call, the L2 flushed before each.
+def microseconds(calls: list[Call]) -> float:
+    """Time of one call, median over the replays of a graph that makes them all.
 
     Captured, since an engine decodes so: the host's part of a launch (45 to 115 us from Python) is
-    longer than the short cases themselves and would be measured in their place.
+    longer than the short cases, and the start of a graph (some 10 us) is a fair part of them.
     """
-    call()  # compiled outside the capture
+    calls[0]()  # compiled outside the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return do_bench(graph.replay, warmup=50, rep=200, return_mode="median") * 1e3
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return median(times) / len(calls) * 1e3
 
 
 def copy_rate() -> float:
@@ -82,142 +102,159 @@ def copy_rate() -> float:
     return 2 * a.numel() / milliseconds * 1e3
 
 
-def pool(seqs: int, context: int, kv_heads: int, dim: int, block: int):
+def inputs(
+    seqs: int, new: int, context: int, heads: int, kv_heads: int, dim: int, block: int
+) -> list[PagedCase]:  # fmt: skip
+    """The case as often as its pools fill the footprint, at least once."""
     pages = seqs * triton.cdiv(context, block)
-    ids = torch.randperm(pages, device="cuda").int().reshape(seqs, -1)
     shape = (pages, block, kv_heads, dim)
-    k, v = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_() for _ in "kv")
-    return k, v, ids
+    count = -(-FOOTPRINT // (4 * pages * block * kv_heads * dim))
+
+    def one() -> PagedCase:
+        k, v = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_() for _ in "kv")
+        ids = torch.randperm(pages, device="cuda").int().reshape(seqs, -1)
+        q = torch.randn(seqs * new, heads, dim, dtype=torch.bfloat16, device="cuda")
+        lens = torch.full((seqs,), context, dtype=torch.int32, device="cuda")
+        return PagedCase(q, k, v, ids, lens, new, context)
+
+    return [one() for _ in range(count)]
 
 
-def contiguous(cache, ids, context):
-    """[seqs, kv heads, context, dim] of one cache."""
-    return cache[ids.long()].flatten(1, 2)[:, :context].transpose(1, 2).contiguous()
+def peer_times(cases: list[PagedCase], with_vllm: bool) -> Iterator[tuple[str, float]]:
+    """Microseconds of each peer that can run the case; a comment line for one that cannot."""
+    makers: list[Callable[[PagedCase], dict[str, Call]]] = [torch_calls]
+    for maker in [*makers, vllm_calls] if with_vllm else makers:
+        each = [maker(case) for case in cases]
+        for peer in each[0]:
+            try:
+                yield peer, microseconds([calls[peer] for calls in each])
+            except Exception as error:  # peers refuse shapes by exceptions of all kinds
+                print(f"# {peer}: {type(error).__name__} {str(error)[:100]}", flush=True)
+        del each
 
 
-def peers(q, k, v, causal: bool):
-    """Best of torch's flash and cuDNN attention, microseconds. q: [seqs, heads, queries, dim]."""
-    best = {}
-    for name, backend in (
-        ("flash", SDPBackend.FLASH_ATTENTION),
-        ("cudnn", SDPBackend.CUDNN_ATTENTION),
-    ):
+def error_of(got: torch.Tensor, case: PagedCase) -> float:
+    """Largest error against fp32 over the largest value: last new tokens of two sequences."""
+    few = dataclasses.replace(case, table=case.table[:2])
+    k, v = (contiguous(cache, few.table, case.context).float() for cache in (case.k, case.v))
+    rows = min(case.new, 64)
+    view = (len(case.lens), case.new, *case.q.shape[1:])
+    q = case.q.reshape(view)[:2, -rows:].transpose(1, 2).float()
+    position = torch.arange(case.context - rows, case.context, device="cuda")
+    seen = torch.arange(case.context, device="cuda") <= position[:, None]
+    with sdpa_kernel(SDPBackend.MATH):
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    wrong = got.reshape(view)[:2, -rows:].transpose(1, 2).float() - want
+    return (wrong.abs().max() / want.abs().max()).item()
+
+
+def decode_calls(cases: list[PagedCase], tile: DecodeTile) -> list[Call]:
+    """Ours, one call a pool, through one workspace as the layers of an engine."""
+    seqs, (_, heads, dim), kv_heads = len(cases[0].lens), cases[0].q.shape, cases[0].k.shape[2]
+    group, context = heads // kv_heads, cases[0].context
+    work = DecodeWorkspace(seqs, kv_heads, group, dim, context, tile, "cuda")
+    out = torch.empty_like(cases[0].q)
+    return [
+        lambda c=case: paged_decode(
+            c.q, c.k, c.v, c.table, c.lens, out, work, tile, dim**-0.5
+        )
+        for case in cases
+    ]  # fmt: skip
+
+
+def prefill_calls(cases: list[PagedCase], tile: PrefillTile) -> list[Call]:
+    """Ours, one call a pool."""
+    seqs, new, context = len(cases[0].lens), cases[0].new, cases[0].context
+    plan = prefill_tiles([new] * seqs, [context] * seqs, tile.rows, "cuda")
+    out, scale = torch.empty_like(cases[0].q), cases[0].q.shape[2] ** -0.5
+    return [
+        lambda c=case: paged_prefill(c.q, c.k, c.v, c.table, plan, out, tile, scale)
+        for case in cases
+    ]
+
+
+def measure(
+    name: str, cases: list[PagedCase], candidates: list[tuple[object, list[Call]]],
+    figure: Callable[[float], tuple[float, str, str | None, float | None]], with_peers: bool,
+    with_vllm: bool,
+) -> None:  # fmt: skip
+    """Check and time ours, one row a tile; then the peers beside the last of them."""
+    us, more = 0.0, {}
+    for tile, calls in candidates:
         try:
-            with sdpa_kernel(backend):
-                best[name] = microseconds(
-                    lambda: F.scaled_dot_product_attention(
-                        q, k, v, is_causal=causal, enable_gqa=True
-                    )
-                )
-        except RuntimeError as error:
-            print(f"# {name}: {str(error)[:100]}", flush=True)
-    return best
-
-
-def decode_case(case, block: int, rate: float, tiles: list[DecodeTile], with_peers: bool) -> None:
-    seqs, context, heads, kv_heads, dim = case
-    k, v, ids = pool(seqs, context, kv_heads, dim, block)
-    q = torch.randn(seqs, heads, dim, dtype=torch.bfloat16, device="cuda")
-    lens = torch.full((seqs,), context, dtype=torch.int32, device="cuda")
-    name = f"decode {seqs}x{context} heads {heads}/{kv_heads} d{dim} block {block}"
-    floor = k.numel() * 2 * 2 / rate * 1e6
-    best = {}
+            error = error_of(calls[0](), cases[0])
+            us = microseconds(calls)
+        except triton.runtime.errors.OutOfResources as problem:
+            print(f"# {name} {tile}: {problem}", flush=True)
+            continue
+        if not error < 1e-2:
+            sys.exit(f"{name} {tile}: error {error}")
+        more = {"us": round(us, 1), "tile": list(dataclasses.astuple(tile))}  # type: ignore[call-overload]
+        emit(name, *figure(us), **more)
     if with_peers:
-        kc, vc = contiguous(k, ids, context), contiguous(v, ids, context)
-        best = peers(q[:, :, None], kc, vc, False)
-        with sdpa_kernel(SDPBackend.MATH):
-            want = F.scaled_dot_product_attention(
-                q[:2, :, None].float(), kc[:2].float(), vc[:2].float(), enable_gqa=True
-            )[:, :, 0]
-        del kc, vc
-    for tile in tiles or [decode_tile("sm90", dim)]:
-        work = DecodeWorkspace(seqs, kv_heads, heads // kv_heads, dim, context, tile, "cuda")
-        out = torch.empty_like(q)
-        try:
-            us = microseconds(
-                lambda t=tile, w=work, o=out: paged_decode(q, k, v, ids, lens, o, w, t, dim**-0.5)
-            )
-        except triton.runtime.errors.OutOfResources as error:
-            print(f"# {name} {tile}: {error}", flush=True)
-            continue
-        if with_peers:
-            error = (out[:2].float() - want).abs().max().item() / want.abs().max().item()
-            if error > 1e-2:
-                sys.exit(f"{name} {tile}: error {error}")
-        more = {"us": round(us, 1), "tile": [tile.tile, tile.split, tile.warps, tile.stages]}
-        emit(name, floor / us, "share of the copy rate", "copy", 1.0, **more)
-        for peer, peer_us in best.items():
-            emit(name, us, "us", f"torch sdpa {peer}", peer_us, **more)
-
-
-def prefill_case(case, block: int, tiles: list[PrefillTile], with_peers: bool) -> None:
-    seqs, new, context = case
-    heads, kv_heads, dim = 32, 8, 128
-    k, v, ids = pool(seqs, context, kv_heads, dim, block)
-    q = torch.randn(seqs * new, heads, dim, dtype=torch.bfloat16, device="cuda")
-    flops = 4 * heads * dim * seqs * sum(context - new + i + 1 for i in range(new))
-    name = f"prefill {seqs}x{new} of {context} heads 32/8 d128 block {block}"
-    best, want = {}, None
-    if with_peers and new == context:
-        qc = q.reshape(seqs, new, heads, dim).transpose(1, 2).contiguous()
-        kc, vc = contiguous(k, ids, context), contiguous(v, ids, context)
-        best = peers(qc, kc, vc, True)
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            want = F.scaled_dot_product_attention(
-                qc, kc, vc, is_causal=True, enable_gqa=True
-            ).transpose(1, 2)
-        del qc, kc, vc
-    for tile in tiles:
-        plan = prefill_tiles([new] * seqs, [context] * seqs, tile.rows, "cuda")
-        out = torch.empty_like(q)
-        try:
-            us = microseconds(
-                lambda p=plan, t=tile, o=out: paged_prefill(q, k, v, ids, p, o, t, dim**-0.5)
-            )
-        except triton.runtime.errors.OutOfResources as error:
-            print(f"# {name} {tile}: {error}", flush=True)
-            continue
-        if want is not None:
-            error = (out.reshape(want.shape).float() - want.float()).abs().max().item()
-            if error > 5e-2:
-                sys.exit(f"{name} {tile}: error {error}")
-        more = {"us": round(us, 1), "tile": [tile.rows, tile.tile, tile.warps, tile.stages]}
-        emit(name, flops / us / 1e6, "TFLOP/s", None, None, **more)
-        for peer, peer_us in best.items():
-            emit(name, us, "us", f"torch sdpa {peer}", peer_us, **more)
+        for peer, peer_us in peer_times(cases, with_vllm):
+            emit(name, us, "us", peer, peer_us, **more)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", choices=["decode", "prefill"], help="time a grid of tiles")
     parser.add_argument("--block", type=int, default=64, help="tokens a KV block (64)")
+    parser.add_argument("--vllm", metavar="FOLDER", help="where vLLM lies, for its two kernels")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_attention: no GPU here, nothing measured", file=sys.stderr)
         return
-    decode_tiles: list[DecodeTile] = []  # the table's
-    prefill_tiles_ = [PREFILL["sm90"]]
-    if args.sweep:
-        decode_tiles = [
-            DecodeTile(tile, split, warps, stages, tma, registers)
-            for tile in (32, 64)
-            for split in (256, 512)
-            for warps, stages, registers in ((4, 2, 0), (4, 3, 168), (8, 3, 128), (2, 3, 0))
-            for tma in (False, True)
-        ]  # fmt: skip
-        prefill_tiles_ = [
-            PrefillTile(r, t, w, g, tma)
-            for r, w in ((128, 8), (64, 4)) for t in (32, 64)
-            for g in (2, 3) for tma in (False, True)
-        ]  # fmt: skip
+    arch = architecture(torch.device("cuda", 0))
+    why_not = find_vllm(args.vllm) if not args.sweep else "not part of a sweep"
+    if why_not:
+        print(f"# vLLM is no peer: {why_not}", flush=True)
     rate = copy_rate()
     emit("copy 2 GiB", rate / 1e9, "GB/s", None, None)
-    if args.sweep != "prefill":
-        for case in [DECODES[i] for i in (0, 1, 2, 3, 9)] if args.sweep else DECODES:
-            decode_case(case, args.block, rate, decode_tiles, not args.sweep)
-    if args.sweep != "decode":
-        for case in PREFILLS[:2] if args.sweep else PREFILLS:
-            prefill_case(case, args.block, prefill_tiles_, not args.sweep)
+    peers = not args.sweep, not why_not
+    sweep_decodes = [DECODES[i] for i in (0, 1, 2, 3, 9)]
+    for seqs, context, heads, kv_heads, dim in (
+        [] if args.sweep == "prefill" else sweep_decodes if args.sweep else DECODES
+    ):
+        cases = inputs(seqs, 1, context, heads, kv_heads, dim, args.block)
+        tiles = swept_decode_tiles() if args.sweep else [decode_tile(arch, dim)]
+        floor = 4 * seqs * context * kv_heads * dim / rate * 1e6
+        measure(
+            f"decode {seqs}x{context} heads {heads}/{kv_heads} d{dim} block {args.block}",
+            cases, [(tile, decode_calls(cases, tile)) for tile in tiles],
+            lambda us, floor=floor: (floor / us, "share of the copy rate", "copy", 1.0), *peers,
+        )  # fmt: skip
+    for seqs, new, context in (
+        [] if args.sweep == "decode" else PREFILLS[:3] if args.sweep else PREFILLS
+    ):
+        cases = inputs(seqs, new, context, 32, 8, 128, args.block)[:4]
+        swept = swept_prefill_tiles() if args.sweep else [PREFILL[arch]]
+        flops = 4 * 32 * 128 * seqs * sum(range(context - new + 1, context + 1))
+        measure(
+            f"prefill {seqs}x{new} of {context} heads 32/8 d128 block {args.block}",
+            cases, [(tile, prefill_calls(cases, tile)) for tile in swept],
+            lambda us, flops=flops: (flops / us / 1e6, "TFLOP/s", None, None), *peers,
+        )  # fmt: skip
+
+
+def swept_decode_tiles() -> list[DecodeTile]:
+    return [
+        DecodeTile(tile, split, warps, stages, tma, registers)
+        for tile in (32, 64)
+        for split in (256, 512)
+        for warps, stages, registers in ((4, 2, 0), (4, 3, 168), (8, 3, 128), (2, 3, 0))
+        for tma in (False, True)
+    ]
+
+
+def swept_prefill_tiles() -> list[PrefillTile]:
+    return [
+        PrefillTile(rows, tile, warps, stages, tma)
+        for rows, warps in ((128, 8), (64, 4))
+        for tile in (32, 64)
+        for stages in (2, 3)
+        for tma in (False, True)
+    ]
 
 
 if __name__ == "__main__":

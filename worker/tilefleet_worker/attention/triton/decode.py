@@ -25,7 +25,8 @@ from tilefleet_worker.target import compute_type
 MANY_SPLITS = 16
 DOUBLINGS = 5
 # (Sequence, KV head) pairs that fill a device without being split: one program each, up to 16 splits.
-PLENTY = 512
+# Fewer have at least PARTS programs each, which keep the last wave short.
+PLENTY, PARTS = 512, 4
 _FIRST_STEP, _STEPS = tl.constexpr(MANY_SPLITS), tl.constexpr(DOUBLINGS)
 
 
@@ -224,14 +225,14 @@ def paged_decode(
     [seqs, max blocks]. context_lens: int32 [seqs], each ≤ the workspace's max_context; 0 leaves its row of
     `out` as it is. window: keys visible, 0 = all. softcap: scores become cap·tanh(score / cap), 0 = off.
     sinks: fp32 [heads], one valueless logit a head. programs: wanted in the grid; least: fewest splits of a
-    program; both change no bit. Writes and returns `out`. Bits depend on the sequence alone, never on its
-    batch-mates.
+    program; both change no bit: those depend on the sequence alone. Writes and returns `out`.
     """
     seqs, heads, dim = q.shape
     block, kv_heads = k_cache.shape[1], k_cache.shape[2]
     group = heads // kv_heads
-    plenty = kv_heads * seqs >= PLENTY
-    wanted = triton.cdiv(programs or (1024 if plenty else 2048), kv_heads * seqs)
+    pairs = kv_heads * seqs
+    plenty = pairs >= PLENTY
+    wanted = triton.cdiv(programs or (1024 if plenty else max(tile.programs, PARTS * pairs)), pairs)
     use_tma = tile.tma and can_use_tma(k_cache, tile.tile) and can_use_tma(v_cache, tile.tile)
     paged_decode_kernel[(kv_heads, min(workspace.splits, wanted), seqs)](
         q, cache_argument(k_cache, tile.tile, use_tma), cache_argument(v_cache, tile.tile, use_tma),

@@ -20,7 +20,8 @@ class DecodeTile:
     """tile: keys per loop step. split: keys of a split of a short context, a multiple of tile.
 
     tma: keys and values come through TMA descriptors where a block holds a tile. registers: most of
-    a lane, so that more programs share a multiprocessor; 0: as many as the compiler likes.
+    a lane, so that more programs share a multiprocessor; 0: as many as the compiler likes. programs: how
+    many a launch wants where (sequence, KV head) pairs are few; changes no bit.
     """
 
     tile: int
@@ -29,6 +30,7 @@ class DecodeTile:
     stages: int
     tma: bool = False
     registers: int = 0
+    programs: int = 2048
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,16 @@ class PrefillTile:
 
 
 DECODE: dict[str, DecodeTile] = {
-    "sm90": DecodeTile(tile=64, split=256, warps=4, stages=3, tma=True, registers=168),
+    "sm90": DecodeTile(
+        tile=64, split=256, warps=4, stages=3, tma=True, registers=168, programs=264
+    ),
     "gfx942": DecodeTile(tile=32, split=256, warps=2, stages=2),
     "gfx950": DecodeTile(tile=32, split=256, warps=2, stages=2),
     "fallback": DecodeTile(tile=32, split=256, warps=4, stages=2),
 }
 # Heads of up to 64 dimensions, where the best tile is another one.
 DECODE_NARROW: dict[str, DecodeTile] = {
-    "sm90": DecodeTile(tile=64, split=256, warps=4, stages=2, tma=True),
+    "sm90": DecodeTile(tile=64, split=256, warps=4, stages=2, tma=True, programs=264),
 }
 PREFILL: dict[str, PrefillTile] = {
     "sm90": PrefillTile(rows=64, tile=64, warps=4, stages=3, tma=True),
