@@ -16,7 +16,7 @@ import time
 from array import array
 
 from tilefleet_worker.block_pool import BlockPool
-from tilefleet_worker.prefix_chain import chain_root, extend_chain
+from tilefleet_worker.prefix_chain import PrefixChain, chain_root
 from tilefleet_worker.request import Request, SamplingParams
 from tilefleet_worker.scheduler import Scheduler
 from tilefleet_worker.step import StepResult
@@ -83,7 +83,7 @@ def hashes() -> None:
     ours, floor = [], []
     for _ in range(21):
         start = time.perf_counter()
-        extend_chain(root, tokens, BLOCK)
+        PrefixChain(root).extend(tokens, BLOCK)
         middle = time.perf_counter()
         for block in blocks:
             hashlib.sha256(block).digest()

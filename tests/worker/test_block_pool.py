@@ -1,13 +1,17 @@
 """The block pool: every block in one state, counted right, whatever is done to it."""
 
+import hashlib
+import struct
+from array import array
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.errors import ConfigError, EngineError
-from tilefleet_worker.prefix_chain import chain_hash, chain_root
+from tilefleet_worker.prefix_chain import PrefixChain, chain_root
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -35,11 +39,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(blocks=st.lists(st.sampled_from([(0, 0), (0, 1)]), min_size=1, max_size=5))
     def start(self, blocks: list[tuple[int, int]]) -> None:
-        hashes = []
-        parent = self.pool.root("")
-        for tokens in blocks:
-            parent = chain_hash(parent, tokens)
-            hashes.append(parent)
+        hashes = PrefixChain(self.pool.root("")).extend([t for block in blocks for t in block], 2)
         hits = self.pool.match(hashes)
         missing = len(blocks) - hits.num_spans
         if missing > self.pool.num_available - self.pool.num_taken_by(hits):
@@ -98,11 +98,9 @@ TestPoolMachine.settings = settings(max_examples=80, stateful_step_count=40, dea
 
 
 def publish_chain(pool: BlockPool, blocks: tuple[int, ...], salt: str = "") -> list[bytes]:
-    parent, hashes = pool.root(salt), []
-    for index, block in enumerate(blocks):
-        parent = chain_hash(parent, [index] * pool.block_size)
-        pool.publish([block], [parent])
-        hashes.append(parent)
+    tokens = [index for index in range(len(blocks)) for _ in range(pool.block_size)]
+    hashes = PrefixChain(pool.root(salt)).extend(tokens, pool.block_size)
+    pool.publish(blocks, hashes)
     return hashes
 
 
@@ -184,16 +182,30 @@ def test_salts_and_fingerprints_separate_equal_tokens() -> None:
 
 def test_the_chain_depends_on_order_and_on_everything_before() -> None:
     root = chain_root("m", "")
-    assert chain_hash(root, (1, 2)) != chain_hash(root, (2, 1))
-    assert chain_hash(chain_hash(root, (1, 2)), (5, 6)) != chain_hash(
-        chain_hash(root, (1, 3)), (5, 6)
-    )
+    chains = [(1, 2, 5, 6), (2, 1, 5, 6), (1, 3, 5, 6)]
+    hashes = [PrefixChain(root).extend(tokens, 2) for tokens in chains]
+    assert len({value for found in hashes for value in found}) == 6
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=40), st.integers(1, 5), st.integers(0, 8))
+def test_a_chain_is_the_same_in_one_piece_and_in_pieces(
+    tokens: list[int], block_size: int, first_blocks: int
+) -> None:
+    """A request's hashes are made when its blocks fill: the prompt's at once, the answer's later.
+    Each is the SHA-256 of everything before it."""
+    root, cut = chain_root("m", ""), first_blocks * block_size
+    pieces = PrefixChain(root)
+    made = [*pieces.extend(tokens[:cut], block_size), *pieces.extend(tokens[cut:], block_size)]
+    ends = range(block_size, len(tokens) + 1, block_size)
+    data = [struct.pack(f"<{end}I", *tokens[:end]) for end in ends]
+    assert made == [hashlib.sha256(root + part).digest() for part in data]
+    assert made == PrefixChain(root).extend(array("I", tokens), block_size)
 
 
 def test_the_chain_is_stable_across_versions() -> None:
     """Replicas of different releases must agree, or change the format version on purpose."""
-    value = chain_hash(chain_root("model", "salt"), (1, 2, 3, 4))
-    assert value.hex() == "fab210f9da950a083b4a288403c332985835ea37cb5a3a92da0268a959a1339d"
+    (value,) = PrefixChain(chain_root("model", "salt")).extend((1, 2, 3, 4), 4)
+    assert value.hex() == "30d66a1100bb44ba08f1b23c9c7a76c26f49f5eab0441355a7592a82687be39e"
 
 
 def test_without_prefix_caching_nothing_is_ever_hit() -> None:

@@ -11,7 +11,7 @@ from tests.worker.pool_oracle import check_accounting, check_sums
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.layer_kinds import FULL, CacheLayout, Demand, LayerKind
-from tilefleet_worker.prefix_chain import extend_chain
+from tilefleet_worker.prefix_chain import PrefixChain
 from tilefleet_worker.request import Request, SamplingParams
 from tilefleet_worker.scheduler import Scheduler
 
@@ -96,7 +96,7 @@ def publish(pool: BlockPool, hashes: list[bytes]) -> None:
 def test_a_hit_needs_the_end_of_the_prefix_in_every_window() -> None:
     """Window 8 at block 4: behind 6 spans the next token sees places 17 to 23, spans 4 and 5."""
     pool = BlockPool(60, 4, kinds=(FULL, LayerKind("window-8", 8, 2)))
-    hashes = extend_chain(pool.root(""), range(24), 4)
+    hashes = PrefixChain(pool.root("")).extend(range(24), 4)
     publish(pool, hashes)
     assert pool.match(hashes).num_spans == 6
     for missing, longest in ((5, 5), (4, 4), (3, 6), (0, 6)):

@@ -6,7 +6,7 @@ from tilefleet_worker.block_pool import BlockPool, Hit
 from tilefleet_worker.fair_order import Turn
 from tilefleet_worker.history import TokenHistory
 from tilefleet_worker.layer_kinds import Demand
-from tilefleet_worker.prefix_chain import extend_chain
+from tilefleet_worker.prefix_chain import PrefixChain
 from tilefleet_worker.request import Delta, Request, TokenLogprob
 from tilefleet_worker.request_table import RequestTable
 from tilefleet_worker.step import StepRow
@@ -42,6 +42,7 @@ class Sequence:
         """Guesses that the step under way computes behind its last token."""
         self._seed = request.sampling_seed()
         self._history = TokenHistory(request.prompt_token_ids) if params.looks_back else None
+        self._chain: PrefixChain | None = None
         self._hashes: list[bytes] = []
 
     @property
@@ -149,10 +150,11 @@ class Sequence:
         """Hashes of at least the first `num_blocks` blocks, whose tokens must be known."""
         first = len(self._hashes)
         if pool.prefix_caching and num_blocks > first:
+            if self._chain is None:
+                self._chain = PrefixChain(pool.root(self.request.cache_salt))
             size = pool.block_size
-            parent = self._hashes[-1] if first else pool.root(self.request.cache_salt)
             tokens = self.token_ids[first * size : num_blocks * size]
-            self._hashes += extend_chain(parent, tokens, size)
+            self._hashes += self._chain.extend(tokens, size)
         return self._hashes
 
     def row(
