@@ -4,6 +4,7 @@ Owns the table and moves requests between the two lists, keeping lists, table an
 Knows no budget and no policy: the scheduler decides.
 """
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -75,13 +76,16 @@ class Roster:
         self._order = FairOrder()
         self._deadlines = Deadlines()
         self._waiting_prompt_tokens = 0
-        self._slots: Ints | None = None  # of `running`, until that changes
+        # Of `running`, until that changes.
+        self._slots: Ints | None = None
+        self._token_ids: list[array[int]] = []
 
     @property
     def slots(self) -> Ints:
         """Slots of the running requests, in order: the same array until one comes or goes."""
         if self._slots is None:
             self._slots = np.array([s.slot for s in self.running], np.int64)
+            self._token_ids = [s.token_ids for s in self.running]
         return self._slots
 
     def owners(self, slots: Ints) -> Iterable[Sequence]:
@@ -89,6 +93,12 @@ class Roster:
         if slots is self._slots:
             return self.running
         return map(self.by_slot.__getitem__, slots.tolist())
+
+    def token_ids(self, slots: Ints) -> "list[array[int]]":
+        """Tokens of the requests of these slots, to be appended to."""
+        if slots is self._slots:
+            return self._token_ids
+        return [sequence.token_ids for sequence in self.owners(slots)]
 
     def add(self, request: Request, eos_token_ids: tuple[int, ...]) -> None:
         """Take in a new request: it waits for its turn."""
