@@ -8,51 +8,53 @@ all, within twelve minutes on a quiet machine of two cores.
 Real: etcd, kube-apiserver with audit log, kube-scheduler, the garbage collector, kwok, which keeps
 MI300X nodes and their pods alive. Cases, each for ours and then for benchmarks/peers/kopf_operator:
 
-create      fleets of one replica, so many a second: from the create's answer to the first write
+create      most fleets as fast as the cluster takes them, then the last ones so many a second: from
+            the create's answer to the first write
 idle        all of them converged: writes by the audit log, share of a core, resident memory
-changes     specs changed so many times a second: from the patch's answer to observedGeneration
+changes     specs changed so many times a second, or as fast as the cluster takes it: from the
+            patch's answer to observedGeneration, and CPU of a change; then at half that rate
 fail-over   kill -9 of the holder of the Lease, and one change: from the kill to observedGeneration
 big         one fleet of 1,000 replicas beside 500 of one, all created at once: to the last pod
 
 One JSON line for each figure, with the goal and whether it was met, and the load average of the
 last minute when it was measured; all parts of the cluster share the machine's cores with the
-operator. A fleet costs the cluster some 15 writes (ours, the scheduler's, kwok's)
-of several milliseconds of CPU each, hence 10 a second by default. A figure of null was not
-reached within the limit of its case. Nothing fails on a figure.
+operator. Each write costs the API server several milliseconds of CPU, and a new fleet some 15 of
+them (ours, the scheduler's, kwok's), hence 5 a second by default. A figure of null was not reached
+within the limit of its case. An operator that ends is started again, as a kubelet would, and
+counted. Nothing fails on a figure.
 """
 
 import argparse
 import asyncio
 import json
 import math
-import re
+import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / path) for path in ("", "benchmarks/scale", "hack/cluster", "tests/e2e")]
 
-from candidates import HOME, Candidate, allow, candidates  # noqa: E402
+from audit import requests, writes  # noqa: E402
+from candidates import HOME, Candidate, allow, candidates, cluster_cpu_seconds  # noqa: E402
 from figures import Figure, line, percentile  # noqa: E402
 from fleets import amd_fleet  # noqa: E402
 from simulated_cluster import simulated_cluster  # noqa: E402
 
 from tests.faults.view import Admin, ClusterView  # noqa: E402
-from tests.operator.apiserver import (  # noqa: E402
-    FLEETS,
-    MUTATING,
-    ApiServer,
-)
+from tests.operator.apiserver import FLEETS, ApiServer  # noqa: E402
 
 Json = dict[str, Any]
 NAMESPACE = "bench"
-IDLE_SECONDS, CHANGE_SECONDS = 30.0, 20.0
+IDLE_SECONDS, CHANGE_SECONDS, HALF_RATE_SECONDS = 30.0, 20.0, 15.0
+SURGES = 997  # of rollout.maxSurge; prime, so that a fleet's next one differs from its last
+PACED = 200
+"""Fleets whose first write is timed; those before them only have to be there."""
+CORES = os.cpu_count() or 1
 CONNECTIONS = 32
 """Requests of the users at a time; a TLS handshake for each would be a load of its own."""
 
@@ -75,6 +77,7 @@ class Bench:
         self.api, self.admin, self.view, self.sizes = api, admin, view, sizes
         self.pending: dict[str, dict[int, float]] = {}
         self.latencies: list[float] = []
+        self.rounds = 0
         self.connections = asyncio.Semaphore(CONNECTIONS)
         self.deadline = math.inf
         view.listeners.append(self._observe)
@@ -98,6 +101,7 @@ class Bench:
         figures: list[Figure] = []
         who.start()
         self.deadline = deadline
+        supervisor = asyncio.create_task(_supervise(who))
         try:
             await self._led(who)
             for case in (self._create, self._idle, self._changes, self._failover, self._big):
@@ -110,7 +114,11 @@ class Bench:
             if not last:
                 self.deadline = math.inf
                 await self._clear()
+            supervisor.cancel()
+            ended = Figure("operator processes that ended by themselves", who.ended, "", 0)
+            figures += self._said(who, [ended])
         finally:
+            supervisor.cancel()
             who.stop()
         return figures
 
@@ -129,23 +137,30 @@ class Bench:
             raise TimeoutError(f"{who.name} does not react: {who.log.read_text()[-2000:]}")
 
     async def _create(self, who: Candidate) -> list[Figure]:
+        count = self.sizes.fleets - min(PACED, self.sizes.fleets // 2)
+        await asyncio.gather(*(self._make(f"f{number:04d}", 1) for number in range(count)))
+        await self._until("most fleets are there", lambda: self._num_ready() > count, 180)
+        await self._until("nothing is written", self._quiet(who), 60, 1.0)
         position, asked = self.api.audit_position(), {}
 
         async def one(number: int) -> None:
-            name = f"f{number:04d}"
+            name = f"f{count + number:04d}"
             await self._make(name, 1)
             asked[name] = time.time()
 
-        await _paced(one, self.sizes.fleets, self.sizes.create_rate)
+        timed = self.sizes.fleets - count
+        await _paced(one, timed, self.sizes.create_rate)
         wanted = self.sizes.fleets + 1
         await self._until("all fleets are reported", lambda: self._observed() >= wanted, 180)
         await self._until("all pods are ready", lambda: self._num_ready() >= wanted, 120)
         first: dict[str, float] = {}
-        for name, when in self._writes(who, position):
+        for name, when in writes(self.api, who.user, position):
             first.setdefault(name, when)
         waits = [first[name] - when for name, when in asked.items() if name in first]
-        case = f"first write, {self.sizes.fleets} fleets at {self.sizes.create_rate:g}/s"
-        cost = self._requests(who, position) / self.sizes.fleets
+        waits += [math.inf] * (timed - len(waits))
+        rate = f"{self.sizes.create_rate:g}/s"
+        case = f"first write, last {timed} of {self.sizes.fleets} fleets at {rate}"
+        cost = requests(self.api, who.user, position) / timed
         return [
             Figure(f"{case}, p50", percentile(waits, 0.50), "s", 1.0),
             Figure(f"{case}, p99", percentile(waits, 0.99), "s", 1.0),
@@ -157,10 +172,10 @@ class Bench:
         position, cpu, begun = self.api.audit_position(), who.cpu_seconds(), time.monotonic()
         await asyncio.sleep(IDLE_SECONDS)
         share = (who.cpu_seconds() - cpu) / (time.monotonic() - begun)
-        writes = len(list(self._writes(who, position)))
+        written = len(list(writes(self.api, who.user, position)))
         case = f"idle, {self.sizes.fleets} fleets"
         return [
-            Figure(f"{case}, writes", writes, "writes", 0),
+            Figure(f"{case}, writes", written, "writes", 0),
             Figure(f"{case}, CPU", share, "cores", 0.5),
             Figure(f"{case}, memory", who.rss_mib(), "MiB", 500),
         ]
@@ -169,34 +184,48 @@ class Bench:
         last = [self.api.audit_position(), time.monotonic()]
 
         def check() -> bool:
-            if list(self._writes(who, int(last[0]))):
+            if list(writes(self.api, who.user, int(last[0]))):
                 last[:] = [self.api.audit_position(), time.monotonic()]
             return time.monotonic() - last[1] > 8
 
         return check
 
     async def _changes(self, who: Candidate) -> list[Figure]:
+        rate, position = self.sizes.change_rate, self.api.audit_position()
+        cpu, all_cpu, begun = who.cpu_seconds(), cluster_cpu_seconds(), time.monotonic()
+        count = int(rate * CHANGE_SECONDS)
+        reached, figures = await self._change_all("change to observedGeneration", rate, count)
+        took, each = time.monotonic() - begun, 1000 / count
+        cpu, all_cpu = who.cpu_seconds() - cpu, cluster_cpu_seconds() - all_cpu
+        asked, room = requests(self.api, who.user, position) / count, 1000 * CORES / rate
+        half = "change to observedGeneration at half the rate reached"
+        _, calm = await self._change_all(half, reached / 2, int(reached / 2 * HALF_RATE_SECONDS))
+        return [
+            Figure("rate of changes reached", reached, "changes/s", 0.95 * rate, at_least=True),
+            *figures,
+            Figure("operator while specs change, CPU", cpu / took, "cores", 1.0),
+            Figure("CPU of a change, operator", cpu * each, "ms", room / 3),
+            Figure("CPU of a change, whole cluster", all_cpu * each, "ms", room),
+            Figure("requests of a change", asked, "requests", 1.0),
+            *calm,
+        ]
+
+    async def _change_all(self, case: str, rate: float, count: int) -> tuple[float, list[Figure]]:
+        """So many changes at a rate; the rate reached, p50 and p99 of their answers."""
         self.latencies.clear()
-        position, cpu, begun = self.api.audit_position(), who.cpu_seconds(), time.monotonic()
-        count = int(self.sizes.change_rate * CHANGE_SECONDS)
 
         async def one(number: int) -> None:
-            name = f"f{number % self.sizes.fleets:04d}"
-            await self._change(name, 2 + number // self.sizes.fleets)
+            await self._change(f"f{number % self.sizes.fleets:04d}")
 
-        reached = await _paced(one, count, self.sizes.change_rate)
+        reached = await _paced(one, count, rate)
         await self._until("every change is observed", lambda: not self._num_pending(), 60)
-        lost, took = self._num_pending(), time.monotonic() - begun
-        waits = self.latencies + [60.0 + CHANGE_SECONDS] * lost
+        lost = self._num_pending()
+        waits = self.latencies + [math.inf] * lost
         self.pending.clear()
-        case = f"change to observedGeneration at {self.sizes.change_rate:g}/s"
-        note = f"{reached:.0f}/s reached, {lost} of {count} not observed"
-        share = (who.cpu_seconds() - cpu) / took
-        return [
+        note = f"{rate:.0f}/s asked, {reached:.0f}/s reached, {lost} of {count} not observed"
+        return reached, [
             Figure(f"{case}, p50", percentile(waits, 0.50), "s", 5.0, note),
             Figure(f"{case}, p99", percentile(waits, 0.99), "s", 5.0, note),
-            Figure(f"{case}, CPU", share, "cores", 1.0),
-            Figure("requests of a change", self._requests(who, position) / count, "requests", 1.0),
         ]
 
     async def _failover(self, who: Candidate) -> list[Figure]:
@@ -206,7 +235,7 @@ class Bench:
         leader.wait()
         begun = time.monotonic()
         who.start()
-        await self._change("warm", 3)
+        await self._change("warm")
         reached = await self._until("the change is observed", lambda: not self._num_pending(), 120)
         took = time.monotonic() - begun if reached else None
         case = f"fail-over, {self.sizes.fleets} fleets, kill -9 of the leader"
@@ -240,8 +269,10 @@ class Bench:
         async with self.connections:
             await self.admin.send("POST", path, amd_fleet(name, NAMESPACE, replicas, 1))
 
-    async def _change(self, name: str, value: int) -> None:
+    async def _change(self, name: str) -> None:
         """A change that needs no other pod."""
+        self.rounds += 1
+        value = 2 + self.rounds % SURGES
         path = f"{FLEETS}/namespaces/{NAMESPACE}/inferencedeployments/{name}"
         async with self.connections:
             body = await self.admin.send("PATCH", path, {"spec": {"rollout": {"maxSurge": value}}})
@@ -275,28 +306,6 @@ class Bench:
             if (conditions := pod.get("status", {}).get("conditions") or [])
         )
 
-    def _writes(self, who: Candidate, position: int) -> AsyncIterator[Any] | Any:
-        """(fleet, seconds since the epoch) of each write of an operator, Leases apart."""
-        for entry in self.api.audit(position):
-            reference = entry.get("objectRef") or {}
-            if entry["verb"] not in MUTATING or reference.get("resource") == "leases":
-                continue
-            found = re.match(r"[a-z]+\d*", reference.get("name", ""))
-            if entry["user"]["username"] == who.user and found:
-                yield (
-                    found[0],
-                    datetime.fromisoformat(entry["requestReceivedTimestamp"]).timestamp(),
-                )
-
-    def _requests(self, who: Candidate, position: int) -> int:
-        """Requests of an operator about single objects: no lists, watches and Leases."""
-        return sum(
-            entry["user"]["username"] == who.user
-            and entry["verb"] not in ("list", "watch")
-            and (entry.get("objectRef") or {}).get("resource") != "leases"
-            for entry in self.api.audit(position)
-        )
-
     async def _until(self, what: str, check: Any, seconds: float, every: float = 0.1) -> bool:
         """Wait for the check to hold; False, and said so, when it does not within the limit."""
         deadline = min(time.monotonic() + seconds, self.deadline)
@@ -313,6 +322,12 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
+async def _supervise(who: Candidate) -> None:
+    while True:
+        await asyncio.sleep(0.5)
+        who.supervise()
+
+
 async def _paced(work: Any, count: int, rate: float) -> float:
     """Start ``work(n)`` at a steady rate, whatever earlier ones take; returns the rate reached."""
     begun, tasks = time.monotonic(), []
@@ -326,7 +341,7 @@ async def _paced(work: Any, count: int, rate: float) -> float:
 async def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fleets", type=int, default=1000)
-    parser.add_argument("--create-rate", type=float, default=10.0, help="fleets a second")
+    parser.add_argument("--create-rate", type=float, default=5.0, help="fleets a second")
     parser.add_argument("--change-rate", type=float, default=160.0, help="changes a second")
     parser.add_argument("--replicas", type=int, default=1000, help="of the one large fleet")
     parser.add_argument("--small", type=int, default=500, help="fleets beside it")

@@ -35,6 +35,12 @@ class Candidate:
     processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     identities: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
     log: Path = Path(os.devnull)
+    ended: int = 0
+
+    def supervise(self) -> None:
+        """Start again what ended by itself, as a kubelet would, and count it."""
+        self.ended += sum(one.poll() is not None for one in self.processes)
+        self.start()
 
     def start(self) -> None:
         """Start what is missing of its processes, as a Deployment would."""
@@ -71,6 +77,12 @@ class Candidate:
     def rss_mib(self) -> float:
         """Resident memory of the largest."""
         return max(_rss(one.pid) for one in self.processes) / 2**20
+
+
+def cluster_cpu_seconds() -> float:
+    """CPU time of this process and of all that it started and that is alive."""
+    children = (one.read_text().split() for one in Path("/proc/self/task").glob("*/children"))
+    return _cpu(os.getpid()) + sum(_cpu(int(pid)) for found in children for pid in found)
 
 
 def _cpu(pid: int) -> float:

@@ -13,6 +13,7 @@ from tilefleet_operator.api import PLURAL, InferenceDeployment, parse
 from tilefleet_operator.autoscalers import NodeAutoscalers
 from tilefleet_operator.cache import Key, ObjectCache, child_key, version
 from tilefleet_operator.client import ApiClient
+from tilefleet_operator.echoes import Echoes
 from tilefleet_operator.errors import NotFound, SpecInvalid
 from tilefleet_operator.hardware import Nodes
 from tilefleet_operator.observed import (
@@ -66,6 +67,7 @@ class Cluster:
 
     def __init__(self, api: ApiClient, cache: ObjectCache, namespaces: Sequence[str] = ()) -> None:
         self.api, self.cache, self.namespaces = api, cache, tuple(namespaces)
+        self.echoes = Echoes()
         self._views = _Views()
         self._foreign: tuple[PodView, ...] = ()
         self._tally, self._counted = DeviceTally(), 0

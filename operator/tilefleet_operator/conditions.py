@@ -202,7 +202,7 @@ def _degraded(facts: Facts) -> Condition:
     kind: ConditionType = "Degraded"
     if facts.conflict:
         return Condition(kind, "True", "NameConflict", facts.conflict)
-    nodes = {node.name: node for node in facts.snapshot.nodes}
+    nodes = facts.snapshot.by_name
     for pod in facts.fleet.active:
         node = nodes.get(pod.node or "")
         if node is not None and is_sick(node):

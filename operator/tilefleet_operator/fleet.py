@@ -62,7 +62,7 @@ class Fleet:
 def fleet(snapshot: Snapshot, revision: str, now: float) -> Fleet:
     """Sort the snapshot's pods. Pods without our owner reference are left alone, names apart."""
     deployment = snapshot.deployment
-    nodes = {node.name: node for node in snapshot.nodes}
+    nodes = snapshot.by_name
     pods = sorted(snapshot.pods, key=lambda p: (p.created, p.name, p.uid))
     own = [
         pod

@@ -82,7 +82,7 @@ class Shell:
     async def _deployment(self, event: Any, **_: Any) -> None:
         body = event["object"]
         metadata = body["metadata"]
-        if self._observe(PLURAL, event):
+        if self._observe(PLURAL, event) and not self.cluster.echoes.is_one(body):
             self.dirty((metadata["namespace"], metadata["name"]), urgent=is_unanswered(body))
 
     async def _node(self, event: Any, **_: Any) -> None:

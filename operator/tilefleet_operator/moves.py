@@ -227,7 +227,7 @@ def _outdated(
 
 def _healthy(heir: Successor, snapshot: Snapshot) -> Successor:
     """The successor, told to keep away from the nodes that are unhealthy now as well."""
-    nodes = {node.name: node for node in snapshot.nodes}
+    nodes = snapshot.by_name
     used = sorted({pod.node for pod in snapshot.pods if on_sick_node(pod, nodes) and pod.node})
     avoid = (*heir.avoid, *(name for name in used if name not in heir.avoid))
     return Successor(heir.attempt, avoid)

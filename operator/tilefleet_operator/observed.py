@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tilefleet_operator.api import InferenceDeployment
 from tilefleet_operator.errors import ObservationInvalid
-from tilefleet_operator.hardware import NodeView, Taint
+from tilefleet_operator.hardware import Nodes, NodeView, Taint
 from tilefleet_operator.pods import (
     ACTIVE,
     ANNOTATION_ACCELERATOR,
@@ -101,6 +102,13 @@ class Snapshot:
     history: History = field(default_factory=History)
     monitors_served: bool = False
     reactions: Mapping[str, Reaction] = field(default_factory=dict)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, NodeView]:
+        """The nodes by name; made once for all fleets that see the same nodes."""
+        if isinstance(self.nodes, Nodes):
+            return self.nodes.recall("by name", lambda: {one.name: one for one in self.nodes})
+        return {one.name: one for one in self.nodes}
 
 
 def device_use(pods: tuple[PodView, ...]) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 from tilefleet_operator.accelerator import AcceleratorSpec
 from tilefleet_operator.affinity import HOSTNAME_KEY
@@ -41,7 +41,7 @@ class Fit:
         """Devices of one replica as the spec asks for it."""
         return self.options[0].count
 
-    @property
+    @cached_property
     def matching(self) -> tuple[NodeFit, ...]:
         """Nodes of any option, each once, by name."""
         found = {node.name: node for option in reversed(self.options) for node in option.matching}

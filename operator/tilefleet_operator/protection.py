@@ -33,7 +33,7 @@ def protections(snapshot: Snapshot, pods: Fleet) -> Iterator[Apply]:
 
     A replica that served once and starts again stays movable: it has lost its start already.
     """
-    nodes = {node.name: node for node in snapshot.nodes}
+    nodes = snapshot.by_name
     capacity = snapshot.deployment.spec.capacity
     for pod in pods.active:
         if not _is_scaled(nodes.get(pod.node or "")):

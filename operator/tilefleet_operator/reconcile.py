@@ -17,7 +17,7 @@ from tilefleet_operator.events import Owner
 from tilefleet_operator.executor import Executor
 from tilefleet_operator.metrics import WorkerPoller
 from tilefleet_operator.plan import Plan, invalid, plan
-from tilefleet_operator.status import is_minor
+from tilefleet_operator.status import is_minor, plans_alike
 from tilefleet_operator.telemetry import Telemetry
 from tilefleet_operator.workqueue import WorkQueue
 
@@ -65,9 +65,12 @@ class Reconciler:
         except SpecInvalid as error:
             # The schema refuses such an object, but an older schema may have let it in.
             made = invalid(body, error.problems, self.wall())
-        made = self._paced(key, made, body.get("status") or {})
+        before = body.get("status") or {}
+        made = self._paced(key, made, before)
+        if made.status is not None and not made.actions and plans_alike(before, made.status):
+            self.cluster.echoes.foresee(body, made.status)
         await self.executor.execute(owner, made)
-        report = made.status or body.get("status") or {}
+        report = made.status or before
         self.telemetry.observe_fleet(*key, report, made.telemetry)
         if made.decision:
             self.telemetry.decisions.labels(made.decision).inc()
@@ -106,6 +109,8 @@ class Reconciler:
         if left is None:
             return False
         if left > 0:
+            # What this round would have seen is looked at when the write shows.
+            self.cluster.echoes.forget(key)
             self.telemetry.stale_plan_skips.inc()
             return True
         logger.warning("%s/%s: the watch is late, listing instead", *key)
@@ -115,6 +120,7 @@ class Reconciler:
     def _forget(self, key: Key) -> None:
         self._reported.pop(key, None)
         self.poller.forget(key)
+        self.cluster.echoes.forget(key)
         self.telemetry.forget_fleet(*key)
 
 

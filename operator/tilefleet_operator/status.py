@@ -91,6 +91,21 @@ def is_minor(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
     return _gist(before) == _gist(after)
 
 
+def plans_alike(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """True when the next plan is the same after either: they differ in what no plan reads back.
+
+    That is the generation that is answered, counts, and words of conditions that did not turn.
+    """
+    return _read_back(before) == _read_back(after)
+
+
+def _read_back(status: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = (*_COUNTS, "conditions", "observedGeneration")
+    rest = {key: value for key, value in status.items() if key not in left_out}
+    held = status.get("conditions") or []
+    return rest | {"": [(one["type"], one["status"], one["lastTransitionTime"]) for one in held]}
+
+
 def _gist(status: Mapping[str, Any]) -> dict[str, Any]:
     left_out = (*_COUNTS, *_TELEMETRY, "conditions")
     gist = {key: value for key, value in status.items() if key not in left_out}

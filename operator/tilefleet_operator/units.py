@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 
+# Every plan of every fleet reads the same few texts again.
+_remembered = lru_cache(maxsize=4096)
 _DURATION = re.compile(r"(\d+)(ms|s|m|h)")
 _DURATION_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _QUANTITY = re.compile(r"^([0-9]+(?:\.[0-9]+)?)([numkKMGTPE]i?|)$")
@@ -15,6 +18,7 @@ _QUANTITY_FACTORS = {
 }  # fmt: skip
 
 
+@_remembered
 def seconds(duration: str) -> float:
     """Seconds of a duration such as "1m30s" or "250ms". Raises ValueError on anything else."""
     parts = _DURATION.findall(duration)
@@ -23,6 +27,7 @@ def seconds(duration: str) -> float:
     return sum(int(number) * _DURATION_SECONDS[unit] for number, unit in parts)
 
 
+@_remembered
 def quantity(text: str | float) -> float:
     """Value of a Kubernetes quantity in its base unit: bytes, cores or devices.
 
@@ -34,6 +39,7 @@ def quantity(text: str | float) -> float:
     return float(match.group(1)) * _QUANTITY_FACTORS[match.group(2)]
 
 
+@_remembered
 def timestamp(text: str) -> float:
     """Seconds since the epoch of an RFC 3339 time in UTC, with or without a fraction.
 

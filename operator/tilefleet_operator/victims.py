@@ -14,7 +14,7 @@ def order_victims(pods: Iterable[PodView], snapshot: Snapshot) -> list[tuple[Pod
     On an unhealthy GPU; not ready, those without a node before those that load; empties its node;
     fewest requests; fewest cached blocks; youngest.
     """
-    nodes = {node.name: node for node in snapshot.nodes}
+    nodes = snapshot.by_name
     ranked = []
     for pod in pods:
         stats = snapshot.stats.get(pod.uid)

@@ -71,6 +71,34 @@ async def test_a_spec_without_its_answer_is_urgent(harness: Harness) -> None:
     assert harness.urgent == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("change", "news"),
+    [
+        ({}, False),
+        ({"generation": 3}, True),
+        ({"uid": "another"}, True),
+        ({"deletionTimestamp": "2026-01-01T00:00:00Z"}, True),
+        ({"status": {"observedGeneration": 1}}, True),
+    ],
+)
+async def test_the_echo_of_an_own_status_is_no_news(
+    harness: Harness, change: dict[str, Any], news: bool
+) -> None:
+    status: Any = {"observedGeneration": 2}
+    planned = document()
+    planned["metadata"]["generation"] = 2
+    echoes = harness.shell.cluster.echoes
+    echoes.foresee(planned, status)
+    changed = dict(change)
+    shown = at(planned, 2) | {"status": changed.pop("status", status)}
+    await harness.event("deployment", {**shown, "metadata": shown["metadata"] | changed})
+    assert harness.dirty == [("team", "llm")] * news
+    echoes.foresee(planned, status)
+    echoes.forget(("team", "llm"))
+    await harness.event("deployment", at(shown, 3))
+    assert len(harness.dirty) == news + 1, "a round that waited for it wants to see it"
+
+
 @pytest.mark.parametrize("plural", ["pods", *(child.plural for child in CHILDREN)])
 async def test_a_child_marks_its_owner(harness: Harness, plural: str) -> None:
     labels = {"tilefleet.io/deployment": "llm"}

@@ -296,6 +296,31 @@ async def test_node_autoscalers_are_heard_only_while_pods_have_no_node(harness: 
     assert await harness.cluster.list_reactions() == {KEY}, "the Event is gone"
 
 
+async def test_an_answer_that_no_plan_reads_back_is_foreseen(harness: Harness) -> None:
+    """Its echo needs no round, unless another round waited for it."""
+    await harness.reconciler.reconcile(KEY)
+    fleet = harness.see_fleet(replicas=0, autoscaling={"mode": "Manual"})
+    await harness.reconciler.reconcile(KEY)
+    first = harness.executor.plans[-1][1]
+    assert not harness.cluster.echoes.is_one(fleet | {"status": first.status}), "children came too"
+    for action in first.actions:
+        body = {**action.body, "metadata": {**action.body["metadata"], "uid": action.name}}
+        harness.see(BY_KIND[action.kind].plural, body)
+    changed = fleet | {"status": first.status}
+    changed["metadata"]["generation"] = 2
+    harness.see("inferencedeployments", changed, 2)
+    await harness.reconciler.reconcile(KEY)
+    answer = harness.executor.plans[-1][1].status
+    assert answer is not None
+    assert answer["observedGeneration"] == 2
+    echo = changed | {"status": answer}
+    assert harness.cluster.echoes.is_one(echo)
+    await harness.reconciler.reconcile(KEY)
+    harness.cache.expect(KEY, "inferencedeployments", "cr-uid", "3")
+    await harness.reconciler.reconcile(KEY)
+    assert not harness.cluster.echoes.is_one(echo)
+
+
 async def test_counts_alone_are_reported_once_a_second(harness: Harness) -> None:
     """What answers a spec or turns a condition is written at once."""
     now = [100.0]

@@ -1,6 +1,7 @@
 """Whatever happens: the bounds hold at every step, a pause is a pause, and all ends well."""
 
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 from hypothesis import example, given, settings
@@ -10,8 +11,9 @@ from tests.operator.storm import BROKEN, SPEC_A, SPEC_B, Event, Storm, Weather, 
 from tilefleet_operator.desired import revision
 from tilefleet_operator.fleet import LOST_SECONDS
 from tilefleet_operator.observed import PodView
-from tilefleet_operator.plan import Apply, Delete, Plan
+from tilefleet_operator.plan import Apply, Delete, Plan, plan
 from tilefleet_operator.simulation import World
+from tilefleet_operator.status import plans_alike
 
 
 def counted(world: World) -> list[PodView]:
@@ -32,9 +34,21 @@ def counted(world: World) -> list[PodView]:
     ]
 
 
+def check_echo(world: World, step: Plan) -> None:
+    """A plan that is not made, because the watch only echoes its own status, would be empty."""
+    before = world.snapshot.deployment
+    if step.actions or step.status is None or not plans_alike(before.status, step.status):
+        return
+    seen = replace(world.snapshot, deployment=replace(before, status=step.status))
+    again = plan(seen, DEFAULTS, world.now)
+    assert (again.actions, again.status) == ((), None)
+    assert (again.requeue_after or inf) >= (step.requeue_after or inf)
+
+
 def check(world: World, step: Plan) -> None:
     """What may never be exceeded by one plan, whatever came before it."""
     deployment = world.snapshot.deployment
+    check_echo(world, step)
     spec, rollout = deployment.spec, deployment.spec.rollout
     if spec.paused:
         assert step.actions == ()
