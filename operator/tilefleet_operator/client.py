@@ -1,15 +1,17 @@
 """A client of the Kubernetes API: six verbs over plain JSON.
 
 Each request has a time limit and passes one token bucket, which a 429 pauses; each mutating one
-passes a guard; each failure is a typed ApiError. Nothing is retried here: the owner of the key
-decides, by the backoff of its queue. The Lease passes neither: it must never wait. It does not know
-what is written, nor why.
+passes a guard; each failure is a typed ApiError. A status never waits behind all the other writes:
+connections are kept for it. Nothing is retried here: the owner of the key decides, by the backoff
+of its queue. The Lease passes neither: it must never wait. It does not know what is written, nor
+why.
 """
 
 import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,7 +30,7 @@ from tilefleet_operator.errors import (
 from tilefleet_operator.login import Login
 from tilefleet_operator.rate import Rate, TokenBucket
 from tilefleet_operator.resources import LEASES, Resource, path
-from tilefleet_operator.transport import Transport
+from tilefleet_operator.transport import CONNECTIONS, RESERVED, Transport
 
 Json = dict[str, Any]
 LIST_CHUNK = 500
@@ -68,6 +70,7 @@ class ApiClient:
         rate = rate or Rate(per_second=1000.0, burst=2000)
         self._tokens = TokenBucket(rate.per_second, rate.burst)
         self._observer = observer
+        self._others = asyncio.Semaphore(CONNECTIONS - RESERVED)
         self.login = login
         self._transport = Transport(login)
 
@@ -197,8 +200,9 @@ class ApiClient:
         if guard is not None:
             limit = min(limit, guard())
         started, status = time.monotonic(), 0
+        lane = nullcontext() if verb == "apply_status" else self._others
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit), lane:
                 status, headers, payload = await self._transport.send(
                     method, where, query, body, content_type, guard
                 )

@@ -14,6 +14,7 @@ from tilefleet_operator.errors import ConfigInvalid
 from tilefleet_operator.login import Login
 
 CONNECTIONS = 16  # a burst of creates must not take the API server's whole share of one client
+RESERVED = 4  # of them, for the answers that somebody waits for
 KEEPALIVE = (
     ("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 20_000)
 )  # fmt: skip

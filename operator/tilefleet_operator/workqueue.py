@@ -39,7 +39,7 @@ class QueueLimits:
     event_floor_seconds: float = 5.0
     """An event wakes a failing key from its backoff, but not sooner than this after the failure:
     a refused write that provokes an event each time must not become a hot loop."""
-    head_start_seconds: float = 5.0
+    head_start_seconds: float = 30.0
     """An urgent key goes before those that fell due less than this before it: a user's change does
     not wait behind the roll of a thousand fleets, and no fleet waits for ever behind changes."""
 

@@ -91,6 +91,26 @@ async def test_status_is_a_subresource(client: ApiClient, server: FakeApiServer)
     )
 
 
+async def test_a_status_does_not_wait_behind_a_burst(server: FakeApiServer) -> None:
+    """The others are answered only once the status is."""
+    seen = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        if request.path.endswith("/status"):
+            seen.set()
+        await seen.wait()
+        return await server.echo(request)
+
+    server.handler = handler
+    async with ApiClient(Login(server.url, None, lambda: "secret")) as api:
+        burst = [asyncio.create_task(api.apply(PODS, pod(f"p{n}"))) for n in range(40)]
+        while len(server.requests) < 12:
+            await asyncio.sleep(0.005)
+        body = {"metadata": {"name": "llm", "namespace": "ns"}, "status": {}}
+        await api.apply(DEPLOYMENTS, body, subresource="status")
+        await asyncio.gather(*burst)
+
+
 async def test_delete_names_the_uid(client: ApiClient, server: FakeApiServer) -> None:
     await client.delete(PODS, "ns", "a", "uid-1")
     assert server.requests[0][3]["preconditions"] == {"uid": "uid-1"}
