@@ -50,7 +50,7 @@ from tests.operator.apiserver import FLEETS, ApiServer  # noqa: E402
 
 Json = dict[str, Any]
 NAMESPACE = "bench"
-IDLE_SECONDS, CHANGE_SECONDS, HALF_RATE_SECONDS = 30.0, 20.0, 15.0
+IDLE_SECONDS, CHANGE_SECONDS, HALF_RATE_SECONDS = 30.0, 12.0, 12.0
 SURGES = 997  # of rollout.maxSurge; prime, so that a fleet's next one differs from its last
 PACED = 200
 """Fleets whose first write is timed; those before them only have to be there."""
@@ -361,7 +361,7 @@ async def main() -> int:
         allow(api)
         results: list[dict[str, Figure]] = []
         who = candidates(bench.api)[: 1 if arguments.no_peer else 2]
-        for one, share in zip(who, (0.6, 1.0), strict=False):
+        for one, share in zip(who, (0.65, 1.0), strict=False):
             last, deadline = one is who[-1], begun + share * 60 * arguments.minutes
             try:
                 found = await bench.measure(one, deadline, last)
