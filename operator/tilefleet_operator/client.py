@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -200,6 +200,7 @@ class ApiClient:
         if guard is not None:
             limit = min(limit, guard())
         started, status = time.monotonic(), 0
+        lane: AbstractAsyncContextManager[None]
         lane = nullcontext() if verb == "apply_status" else self._others
         try:
             async with asyncio.timeout(limit), lane:
