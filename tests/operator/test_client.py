@@ -102,7 +102,8 @@ async def test_a_status_does_not_wait_behind_a_burst(server: FakeApiServer) -> N
         return await server.echo(request)
 
     server.handler = handler
-    async with ApiClient(Login(server.url, None, lambda: "secret")) as api:
+    access = Login(server.url, None, lambda: "secret")
+    async with ApiClient(access, timeout_seconds=60) as api:
         burst = [asyncio.create_task(api.apply(PODS, pod(f"p{n}"))) for n in range(40)]
         while len(server.requests) < 12:
             await asyncio.sleep(0.005)

@@ -42,7 +42,8 @@ def check_echo(world: World, step: Plan) -> None:
     seen = replace(world.snapshot, deployment=replace(before, status=step.status))
     again = plan(seen, DEFAULTS, world.now)
     assert (again.actions, again.status) == ((), None)
-    assert (again.requeue_after or inf) >= (step.requeue_after or inf)
+    waits = [inf if one.requeue_after is None else one.requeue_after for one in (again, step)]
+    assert waits[0] >= waits[1]
 
 
 def check(world: World, step: Plan) -> None:
