@@ -25,7 +25,7 @@ from tilefleet_worker.attention.base import AttentionSpec
 from tilefleet_worker.block_pool import BlockPool
 from tilefleet_worker.fused_decoder import FusedLayer, FusedWeights, StepInputs
 from tilefleet_worker.fused_weights import rope_table
-from tilefleet_worker.gpu_engine import GPULimits, build_runner
+from tilefleet_worker.gpu_engine import GPULimits, build_runner, prompt_step_tokens
 from tilefleet_worker.gpu_runner import GPURunner, probe
 from tilefleet_worker.kernels import norm, rotary_store, swiglu
 from tilefleet_worker.kernels.rotary_store import Rotation
@@ -39,6 +39,7 @@ from tilefleet_worker.step_arrays import StepArrays
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 64
+STEP_TOKENS = 16384  # --max-batch-tokens; vLLM's default on this GPU is as many
 # hidden, intermediate, layers, heads, KV heads, head dim, vocabulary, tied, norm of q and k
 SHAPES = {
     "check": (1024, 2816, 4, 16, 4, 128, 4096, False, True),
@@ -140,7 +141,7 @@ class Setup:
             torch.cuda.synchronize()
             seconds = {"weights": time.monotonic() - began}
             limits = GPULimits(
-                16384, max_rows, max_context, BLOCK, batch_invariant=self.batch_invariant
+                STEP_TOKENS, max_rows, max_context, BLOCK, batch_invariant=self.batch_invariant
             )
             self.runner, self.cache = build_runner(self.config, self.weights, limits)
             seconds["pool"] = time.monotonic() - began
@@ -160,7 +161,10 @@ class Setup:
     def scheduler(self, prompts: list[list[int]], answer: int, **kind: Any) -> Scheduler:
         """A scheduler over the pool with one request a prompt, greedy unless `kind` says else."""
         pool = BlockPool(self.cache.num_blocks, BLOCK, prefix_caching=False)
-        scheduler = Scheduler(pool, 16384, 256, self.max_context, vocab_size=self.config.vocab_size)
+        scheduler = Scheduler(
+            pool, STEP_TOKENS, 256, self.max_context, vocab_size=self.config.vocab_size,
+            prompt_tokens=prompt_step_tokens(self.config),
+        )  # fmt: skip
         params = SamplingParams(**{"max_tokens": answer, "temperature": 0.0, **kind})
         for index, prompt in enumerate(prompts):
             refusal = scheduler.add(Request(f"r{index}", prompt, params, 0.0))

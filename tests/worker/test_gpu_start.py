@@ -11,7 +11,8 @@ from tilefleet_worker import gpu_device
 from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.factory import build_engine
-from tilefleet_worker.gpu_engine import MARGIN_BYTES, pool_bytes
+from tilefleet_worker.gpu_engine import MARGIN_BYTES, pool_bytes, prompt_step_tokens
+from tilefleet_worker.model_shapes import named_config
 
 GIB = 2**30
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-model" / "model"
@@ -37,6 +38,19 @@ def test_a_pool_that_is_asked_for_is_taken_as_it_is_or_refused() -> None:
     assert pool_bytes(5 * GIB, 0.1, 7 * GIB, 80 * GIB) == 5 * GIB
     with pytest.raises(ConfigError, match="--kv-cache-memory asks for 7"):
         pool_bytes(7 * GIB, 0.92, 15 * GIB // 2, 80 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [
+        ("qwen3-0.6b", 8192),
+        ("qwen3-30b-a3b", 4096),
+        ("llama-3.1-8b", 2048),
+        ("llama-3.1-70b", 2048),
+    ],
+)
+def test_smaller_models_take_longer_steps_of_prompts(model: str, tokens: int) -> None:
+    assert prompt_step_tokens(named_config(model)) == tokens
 
 
 @no_gpu

@@ -17,7 +17,7 @@ from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.fake_runner import FakeRunner
 from tilefleet_worker.layer_kinds import FULL, LayerKind
 from tilefleet_worker.request import Delta, Request, SamplingParams
-from tilefleet_worker.scheduler import MAX_OVERTAKEN, Scheduler
+from tilefleet_worker.scheduler import MAX_OVERTAKEN, PROMPT_TOKENS_PER_DECODE, Scheduler
 from tilefleet_worker.step import StepPlan, StepResult, StepRow
 
 VOCAB = 97
@@ -289,6 +289,21 @@ def test_one_long_prompt_alone_takes_the_whole_budget() -> None:
     scheduler.add(ask("a", list(range(50))))
     plan, _ = step(scheduler)
     assert [row.length for row in plan.rows] == [8]
+
+
+def test_a_step_takes_as_many_prompt_tokens_as_fill_the_device_and_more_beside_decodes() -> None:
+    scheduler = Scheduler(BlockPool(64, 4), 100, 8, 256, vocab_size=VOCAB, prompt_tokens=8)
+    for index in range(6):
+        scheduler.add(ask(f"r{index}", list(range(index, index + 30)), max_tokens=9))
+    taken = []
+    while scheduler.has_work:
+        plan, _ = step(scheduler)
+        lengths = [row.length for row in plan.rows]
+        taken.append((lengths.count(1), sum(length for length in lengths if length > 1)))
+    assert taken[0] == (0, 8)  # two of them, four tokens each
+    assert max(prompts for decodes, prompts in taken if decodes == 0) == 8
+    decodes, beside = next(pair for pair in taken if pair[0] and pair[1] > 8)
+    assert beside <= min(8 + PROMPT_TOKENS_PER_DECODE * decodes, 100 - decodes)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,8 @@ class _Built:
     device: Mapping[str, Any]
     facts: Mapping[str, Any]
     """What else was measured, for `/stats`."""
+    prompt_tokens: int = 0
+    """Tokens of prompts that fill a step; 0: as many as a step may have."""
 
 
 def build_engine(
@@ -152,7 +154,7 @@ def _on_gpu(
         LOGGER.info("%d compiled kernels taken from the image", adopted)
     # Not above: imports Triton, which a worker on a CPU need not have.
     from tilefleet_worker import fused_weights
-    from tilefleet_worker.gpu_engine import GPULimits, build_runner
+    from tilefleet_worker.gpu_engine import GPULimits, build_runner, prompt_step_tokens
 
     reasons = fused_weights.why_not(model_config)
     if reasons:
@@ -190,7 +192,7 @@ def _on_gpu(
     kinds = cache.layout.kinds
     return _Built(
         runner, cache.num_blocks, host_blocks, size, kinds, batch_invariant, facts,
-        runner.graph_facts,
+        runner.graph_facts, prompt_step_tokens(model_config),
     )  # fmt: skip
 
 
@@ -214,6 +216,7 @@ def _scheduler(
         vocab_size=model_config.vocab_size,
         eos_token_ids=model_config.eos_token_ids,
         max_drafts=config.speculative_ngram,
+        prompt_tokens=built.prompt_tokens,
     )
 
 

@@ -17,6 +17,7 @@ from tilefleet_worker.gpu_step import LaunchedStep, Mailbox
 from tilefleet_worker.graphs import DecodeGraphs
 from tilefleet_worker.host_arena import HostArena
 from tilefleet_worker.host_cache import Transfer
+from tilefleet_worker.kernels.ahead import compiling
 from tilefleet_worker.kernels.sampling import SamplerWorkspace, choose_tokens
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.request import SamplingParams
@@ -139,8 +140,17 @@ class GPURunner:
         """Compile and load every kernel and run them once. Writes to the spare block."""
         length = min(max_tokens, self._cache.block_size)
         row = probe(0, (0,) * length, (self._cache.spare_block_id,))
+        if self._graphs is not None:
+            self._compile(row, self._graphs.sizes)
         self.run(StepPlan.of((row,)))
         self.check()
+
+    def _compile(self, prompt: StepRow, batches: tuple[int, ...]) -> None:
+        """Compile what a prompt and decodes of all padded sizes take, all kernels at once."""
+        with torch.inference_mode(), compiling():
+            self._compute(lay_out(StepPlan.of((prompt,)), self._cache.block_size))
+            for padded in batches:
+                self._forward(self._inputs.decode(None, padded))
 
     def check(self) -> None:
         """Run one token in the spare block. Raises EngineError when that gives no token."""

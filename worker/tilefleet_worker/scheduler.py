@@ -29,6 +29,9 @@ MAX_OVERTAKEN = 64
 ADMISSION_WINDOW = 16
 # Positions of prompts whose logits one step keeps: 256 · 150,000 fp32 logits are 154 MB.
 MAX_SCORED_TOKENS = 256
+# A decode at a context of 1,000 takes the time of 2 tokens of a prompt (8B on an H100): beside 64
+# for each, decodes are a thirtieth of a step.
+PROMPT_TOKENS_PER_DECODE = 64
 _NOBODY: Ints = np.zeros(0, np.int64)
 
 
@@ -45,8 +48,11 @@ class Scheduler:
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
         max_drafts: int = 0,
+        prompt_tokens: int = 0,
     ) -> None:
-        """max_drafts: most tokens that a step guesses for a request; 0 guesses none."""
+        """max_drafts: most tokens that a step guesses for a request; 0 guesses none. prompt_tokens:
+        tokens of prompts that fill a step of the device while nobody decodes; 0: max_batch_tokens.
+        """
         for name, value in (
             ("max_batch_tokens", max_batch_tokens),
             ("max_concurrent", max_concurrent),
@@ -57,6 +63,7 @@ class Scheduler:
                 raise ConfigError(f"{name} is {value}: it must be at least 1.")
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
+        self._prompt_tokens = prompt_tokens or max_batch_tokens
         self.max_concurrent = max_concurrent
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
@@ -121,7 +128,7 @@ class Scheduler:
         if len(decodes) > self.max_batch_tokens:
             decodes = decodes[: self.max_batch_tokens]
         chunks: dict[int, int] = {}
-        budget = self.max_batch_tokens - len(decodes)
+        budget = self._prompt_budget(len(decodes))
         prompts = remaining > 1
         num_prompts = int(np.count_nonzero(prompts))
         if num_prompts:
@@ -144,6 +151,13 @@ class Scheduler:
     def take_transfers(self) -> list[Transfer]:
         """Blocks to copy, in this order, before the newest plan is run; also if it is empty."""
         return self.pool.take_transfers()
+
+    def _prompt_budget(self, num_decodes: int) -> int:
+        """Tokens of prompts for a step. The smaller a step, the sooner the first prompts answer;
+        but each step reads the contexts of all who decode, and the others wait for that.
+        """
+        most = self._prompt_tokens + PROMPT_TOKENS_PER_DECODE * num_decodes
+        return min(most, self.max_batch_tokens - num_decodes)
 
     def _remaining(self, slots: Ints) -> Ints:
         """Tokens of each slot that can be scheduled now."""
@@ -237,7 +251,8 @@ class Scheduler:
 
     def _share(self, wanted: int, shared: bool) -> int:
         """Most of a prompt that one step computes: half the budget while others want some."""
-        return min(wanted, max(1, self.max_batch_tokens // 2)) if shared else wanted
+        budget = min(self._prompt_tokens, self.max_batch_tokens)
+        return min(wanted, max(1, budget // 2)) if shared else wanted
 
     def _could_admit(self) -> bool:
         roster = self._roster
