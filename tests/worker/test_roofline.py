@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilefleet_worker.__main__ import main
+from tilefleet_worker.price import dollars_per_million
 from tilefleet_worker.roofline.accelerators import ACCELERATORS
 from tilefleet_worker.roofline.costs import touched
-from tilefleet_worker.roofline.prediction import Assumptions, dollars_per_million, predict
+from tilefleet_worker.roofline.prediction import Assumptions, predict
 from tilefleet_worker.roofline.shapes import costs_of, model_names
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-model" / "model"

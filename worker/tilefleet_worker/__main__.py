@@ -12,6 +12,7 @@ _USAGE = """usage: python -m tilefleet_worker serve --model URI [flags]
        python -m tilefleet_worker kernels [--arch gfx942] [--output json]
        python -m tilefleet_worker kernels build --arch gfx942 --cache FOLDER [--model NAME|FOLDER]
        python -m tilefleet_worker roofline [--model NAME|FOLDER] [--accelerator MI300X]
+       python -m tilefleet_worker bench --model FOLDER [--concurrency 1 4 16 64] [flags of serve]
        python -m tilefleet_worker version
 """
 
@@ -30,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tilefleet_worker.roofline.command import roofline
 
         return roofline(rest)
+    if command == "bench":
+        from tilefleet_worker.bench.command import bench
+
+        return bench(rest)
     if command == "version" and not rest:
         from tilefleet_worker.server.model_api import version
 

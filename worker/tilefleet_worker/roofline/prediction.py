@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tilefleet_worker.price import dollars_per_million
 from tilefleet_worker.roofline.accelerators import Accelerator
 from tilefleet_worker.roofline.costs import Costs
 
@@ -100,8 +101,3 @@ def _seconds(
     reading = read / (accelerator.bytes_per_second * assumed.bandwidth)
     computing = flops / (accelerator.flops * assumed.compute)
     return (reading, "memory") if reading >= computing else (computing, "compute")
-
-
-def dollars_per_million(price_per_hour: float, tokens_per_second: float) -> float:
-    """Price of a million tokens from an hour's, at this rate all the time."""
-    return price_per_hour / (tokens_per_second * 3600 / 1e6)

@@ -1,0 +1,1 @@
+"""Measures the engine under load: throughput, latencies, memory, and what a token costs."""
