@@ -49,6 +49,11 @@ def test_every_route_is_described_and_no_other():
         ("CompletionRequest", {"model": "tiny", "prompt": [[1], [2]], "stop": ["x"]}, True),
         ("CompletionRequest", {"model": "tiny", "prompt": ["a"] * 65}, False),
         ("CompletionRequest", {"model": "tiny", "prompt": [[]]}, False),
+        (
+            "CompletionRequest",
+            {"model": "tiny", "prompt": "a", "repetition_penalty": 5e-324},
+            False,
+        ),
         ("CompletionRequest", {"model": "tiny", "prompt": "a", "logit_bias": {"1": None}}, False),
         ("ResponseRequest", {"model": "tiny", "input": "a"}, True),
         ("TokenizeRequest", {"prompt": "a", "model": None}, True),

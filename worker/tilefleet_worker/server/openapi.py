@@ -62,6 +62,7 @@ _REFUSALS = {
     "400": "The request is not valid; `param` names the field.",
     "401": "No valid API key.",
     "404": "Another model than the served one, or no such route.",
+    "408": "The request's `timeout_seconds` were over.",
     "413": "The body is too large.",
     "429": "The queue or the key's budget is full: come back after Retry-After seconds.",
     "500": "The worker failed on this request.",

@@ -80,7 +80,8 @@ class Sampling(Structured):
     include_stop_str_in_output: bool = False
     n: int = Field(default=1, ge=1, le=MAX_N)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    # Logits are divided by it: below, they would leave the range of numbers.
+    repetition_penalty: float = Field(default=1.0, ge=1e-6, le=10.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     logit_bias: dict[

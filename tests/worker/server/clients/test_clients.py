@@ -5,27 +5,15 @@ what we pin. openai-python in its newest version and curl are in `make test`.
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 
-ROOT = Path(__file__).parents[4]
+from tests.worker.server.clients.programs import run
+
 SCRIPTS = Path(__file__).with_name("scripts")
-BIN = ROOT / ".venv-clients" / "bin"
 MODEL = "qwen3-tiny"
-# Nothing here may ask a hub, an index of prices or a collector of statistics.
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    "OPENAI_API_KEY": "k",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 QUESTIONS = [
     {"question": "A city?", "choices": [" Rome", " blue", " 17"], "answer": 0},
     {"question": "A colour?", "choices": [" Rome", " blue", " 17"], "answer": 1},
@@ -53,21 +41,6 @@ metric_list: [{metric: exact_match}]
 """
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _installed() -> None:
-    if not (BIN / "python").exists():
-        pytest.fail("the clients are not installed: run `make test-clients`")
-
-
-def run(program: str, *arguments: object, **extra: str) -> str:
-    """Output of a program of the clients' environment, which must succeed."""
-    environment = os.environ | QUIET | extra
-    command = [str(BIN / program), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1700)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize("name", ["langchain", "litellm", "instructor"])
@@ -99,25 +72,43 @@ def score(real, context: str, continuation: str) -> float:
     return sum(logprobs[len(context.rstrip().encode()) : -1])
 
 
+def samples(folder: Path, name: str) -> list[dict]:
+    """What lm-eval logged of a task, one entry a question."""
+    (path,) = folder.rglob(f"samples_{name}_*.jsonl")
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(found) == len(QUESTIONS)
+    return found
+
+
 def test_lm_eval_scores_and_writes_with_the_remote_tokenizer(real, tasks, tmp_path):
     url = f"{real.api}/v1/completions"
     remote = f"model={MODEL},base_url={url},tokenizer_backend=remote,auth_token=k,num_concurrent=4"
-    names = "tiny_choice,tiny_writing"
     run(
         *("lm_eval", "run", "--model", "local-completions", "--model_args", remote),
-        *("--tasks", names, "--include_path", tasks, "--batch_size", "1"),
+        *("--tasks", "tiny_choice,tiny_writing", "--include_path", tasks, "--batch_size", "1"),
         *("--output_path", tmp_path, "--log_samples"),
     )
-    found = {}
-    for name in names.split(","):
-        (path,) = tmp_path.rglob(f"samples_{name}_*.jsonl")
-        found[name] = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len(found[name]) == len(QUESTIONS)
-    for sample in found["tiny_choice"]:
+    for sample in samples(tmp_path, "tiny_choice"):
         for asked, response in zip(sample["arguments"].values(), sample["resps"], strict=True):
             expected = score(real, asked["arg_0"], asked["arg_1"])
             assert float(response[0][0]) == pytest.approx(expected, abs=1e-4)
-    assert all(response[0] for sample in found["tiny_writing"] for response in sample["resps"])
+    written = samples(tmp_path, "tiny_writing")
+    assert all(response[0] for sample in written for response in sample["resps"])
+
+
+def test_lm_eval_writes_in_chats(real, tasks, tmp_path):
+    url = f"{real.api}/v1/chat/completions"
+    run(
+        *("lm_eval", "run", "--model", "local-chat-completions"),
+        *("--model_args", f"model={MODEL},base_url={url},num_concurrent=4"),
+        *("--tasks", "tiny_writing", "--include_path", tasks, "--apply_chat_template"),
+        *("--output_path", tmp_path, "--log_samples"),
+    )
+    for question, sample in zip(QUESTIONS, samples(tmp_path, "tiny_writing"), strict=True):
+        message = {"role": "user", "content": question["question"].rstrip()}
+        body = {"model": MODEL, "messages": [message], "max_tokens": 12, "temperature": 0}
+        reply = httpx.post(url, json=body | {"stop": ["Q"]}, timeout=300)
+        assert sample["resps"] == [[reply.json()["choices"][0]["message"]["content"]]]
 
 
 def test_the_worker_is_well_after_all(real):
