@@ -6,7 +6,7 @@ STAMP := .venv/.locked
 # Images of CI often set it; then each process of the tests compiles torch's or kubernetes' Python anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: bench-operator system help demo test test-unit test-fuzz test-clients test-apiserver test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
+.PHONY: bench-operator system help demo test test-unit test-fuzz test-ranks test-clients test-apiserver test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -27,6 +27,9 @@ test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
 
 test-fuzz: $(STAMP)  ## 100,000 requests of every shape on the real engine
 	TILEFLEET_FUZZ_REQUESTS=100000 $(PY) -m pytest tests/worker/server/test_fuzz.py --timeout 0 -rP
+
+test-ranks: $(STAMP)  ## tensor parallelism over 2, 4 and 8 processes
+	for n in 2 4 8; do TILEFLEET_TEST_RANKS=$$n $(PY) -m pytest tests/worker/test_tensor_parallel.py -q --timeout 900 || exit 1; done
 
 test-clients: $(STAMP) .venv-clients/.locked  ## langchain, litellm, instructor and lm-eval, unmodified, against a running worker
 	$(PY) -m pytest tests/worker/server/clients -m clients

@@ -22,8 +22,9 @@ BUDGET: dict[str, tuple[int, str]] = {
     "operator/tilefleet_operator/desired.py": (350, "the pod, which is one long object"),
     "worker/tilefleet_worker/attention/cpu.py": (290, "layouts, masks and tiles of one backend"),
     "worker/tilefleet_worker/block_pool.py": (370, "spans, prefix index and check of one state"),
-    "worker/tilefleet_worker/config.py": (360, "each flag with its unit and reason"),
+    "worker/tilefleet_worker/config.py": (370, "each flag with its unit and reason"),
     "worker/tilefleet_worker/engine.py": (360, "the thread, its inbox and outbox, the counters"),
+    "worker/tilefleet_worker/factory.py": (310, "each kind of device, alone and with other ranks"),
     "worker/tilefleet_worker/tokenizer.py": (
         270,
         "both ways of decoding in pieces stand beside encoding",

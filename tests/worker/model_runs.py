@@ -9,6 +9,7 @@ import torch
 
 from tilefleet_worker import attention, models
 from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.cpu_engine import CPUParts
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.layer_kinds import CacheLayout
 from tilefleet_worker.model_config import ModelConfig
@@ -92,13 +93,23 @@ class Made:
         return different if BITS_PROMISED else []
 
 
-def generate(folder: Path, prompts: dict[str, list[int]], run: Run) -> Made:
-    """Run prompts together. With more rounds the later ones can hit the cache."""
-    config, model = load(folder)
-    layout = CacheLayout.of(config.windows, config.max_positions)
-    cache = KVCache(config, run.blocks, run.block_size, layout=layout)
-    backend = attention.create(run.backend, config)
-    runner = Recorder(Runner(model, cache, backend, run.host_blocks))
+def generate(
+    folder: Path, prompts: dict[str, list[int]], run: Run, parts: CPUParts | None = None
+) -> Made:
+    """Run prompts together. With more rounds the later ones can hit the cache.
+
+    parts: what computes instead of the whole model: the first of several ranks.
+    """
+    if parts is None:
+        config, model = load(folder)
+        layout = CacheLayout.of(config.windows, config.max_positions)
+        cache = KVCache(config, run.blocks, run.block_size, layout=layout)
+        backend = attention.create(run.backend, config)
+        runner = Recorder(Runner(model, cache, backend, run.host_blocks))
+    else:
+        config, layout = ModelConfig.from_folder(folder), parts.cache.layout
+        assert parts.cache.num_blocks >= run.blocks
+        runner = Recorder(Runner(parts.model, parts.cache, parts.attention))
     pool = BlockPool(
         run.blocks, run.block_size, kinds=layout.kinds, prefix_caching=run.caching,
         host_blocks=run.host_blocks,
@@ -126,12 +137,14 @@ def generate(folder: Path, prompts: dict[str, list[int]], run: Run) -> Made:
     return Made(tokens, runner.logits, runner.largest_batch, counts)
 
 
-def alone(folder: Path, prompts: dict[str, list[int]], run: Run) -> Made:
+def alone(
+    folder: Path, prompts: dict[str, list[int]], run: Run, parts: CPUParts | None = None
+) -> Made:
     """Every prompt by itself: the yardstick of all other runs."""
     tokens: dict[str, list[int]] = {}
     logits: Logits = {}
     for name, prompt in prompts.items():
-        made = generate(folder, {name: prompt}, run)
+        made = generate(folder, {name: prompt}, run, parts)
         tokens.update(made.tokens)
         logits.update(made.logits)
     return Made(tokens, logits, 1, {})

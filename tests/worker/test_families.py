@@ -101,9 +101,10 @@ def _quiet_and_single() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make(case: str) -> Any:
+def make(case: str, **more: Any) -> Any:
     """A random model of transformers. Norms and biases are random too: ones would hide a bug."""
     name, changes = CASES[case]
+    changes = {**changes, **more}
     rope = {"rope_theta": 1e4, **changes.get("rope", {"rope_type": "default"})}
     values = {**SHAPE, "rope_parameters": rope, **changes}
     values.pop("rope", None)

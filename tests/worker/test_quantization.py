@@ -133,6 +133,10 @@ FORMS: dict[str, tuple[Quantize, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_plain(tmp_path_factory.mktemp("plain"))
+
+
+def write_plain(folder: Path) -> Path:
     """An unquantised model with experts; 72 and 56 divide into no whole blocks of 32."""
     transformers_logging.disable_progress_bar()
     torch.manual_seed(1)
@@ -142,7 +146,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_experts=3, num_experts_per_tok=2, moe_intermediate_size=40, mlp_only_layers=[0],
         initializer_range=0.15, pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("plain")
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -23,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = (words[0], words[1:]) if words else ("", [])
     if command == "serve":
         return _serve(rest)
+    if command == "rank":
+        from tilefleet_worker.rank_process import rank_process
+
+        return rank_process(rest)
     if command == "kernels":
         from tilefleet_worker.compilation.command import kernels
 

@@ -170,6 +170,11 @@ class ServeConfig:
         "most tokens that a step guesses for a request, from what followed the same words before; "
         "answers stay the same; 0 = guess none; cpu and reference backends",
     )  # fmt: skip
+    tensor_parallel_size: int = _option(
+        1, "--tensor-parallel-size", "N", _whole(1, 8),
+        "processes that share the model, one a GPU; on CPUs they share --threads. N must divide "
+        "its heads and inner features; --kv-cache-memory is that of all of them",
+    )  # fmt: skip
     host: str = _option(
         "0.0.0.0", "--host", "ADDRESS", _text, "address that both ports listen on"
     )  # fmt: skip
@@ -248,6 +253,7 @@ def engine_config(config: ServeConfig, *, num_cpus: int) -> EngineConfig:
         max_batch_tokens=config.max_batch_tokens,
         max_concurrent=config.max_concurrent,
         speculative_ngram=config.speculative_ngram,
+        tensor_parallel=config.tensor_parallel_size,
         max_model_len=config.max_model_len,
         threads=config.threads or max(1, num_cpus),
     )

@@ -6,6 +6,10 @@ import torch
 
 from tilefleet_worker.quant_config import QuantConfig
 
+Cut = tuple[slice, slice]
+"""Rows and columns that are read of a matrix."""
+WHOLE: Cut = (slice(None), slice(None))
+
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
@@ -25,6 +29,20 @@ class StoredMatrix:
         if self.zero_point is not None:
             values -= self._spread(self.zero_point.to(torch.float32))
         return values.mul_(self._spread(self.scale))
+
+    def part(self, cut: Cut) -> "StoredMatrix":
+        """Some rows and columns with their scales. Raises ValueError when a cut splits a block."""
+        blocks = []
+        for size, step, count, wanted in zip(
+            self.values.shape, self.block, self.scale.shape, cut, strict=True
+        ):
+            start, stop, _ = wanted.indices(size)
+            if count > 1 and (start % step or (stop % step and stop != size)):
+                raise ValueError(f"a cut at {start} or {stop} splits a block of {step}")
+            blocks.append(slice(None) if count == 1 else slice(start // step, -(-stop // step)))
+        where = tuple(blocks)
+        zero_point = None if self.zero_point is None else self.zero_point[where]
+        return StoredMatrix(self.values[cut], self.scale[where], zero_point, self.block)
 
     def _spread(self, small: torch.Tensor) -> torch.Tensor:
         """One value a block → one a weight. Whole rows or columns are left to broadcasting."""

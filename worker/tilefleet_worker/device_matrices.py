@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from tilefleet_worker.dequantize import StoredMatrix
+from tilefleet_worker.dequantize import Cut, StoredMatrix
 from tilefleet_worker.errors import ModelError
 from tilefleet_worker.kernels.scaled_matrix import ScaledMatrix, as_fnuz, has_nan
 from tilefleet_worker.kernels.weight_tiles import Matrix, why_not
@@ -19,12 +19,12 @@ from tilefleet_worker.weights import Weights
 Stored = torch.Tensor | StoredMatrix
 
 
-def storing(weights: Weights, config: QuantConfig | None) -> Callable[[str, int, int], Stored]:
+def storing(weights: Weights, config: QuantConfig | None) -> Callable[[str, int, int, Cut], Stored]:
     """Reads a matrix as it is stored, or as fp32 where it is stored as floats."""
 
-    def read(name: str, rows: int, columns: int) -> Stored:
-        stored = weights.stored(name, rows, columns, config)
-        return weights.take(name, rows, columns) if stored is None else stored
+    def read(name: str, rows: int, columns: int, cut: Cut) -> Stored:
+        stored = weights.stored(name, rows, columns, config, cut)
+        return weights.take(name, rows, columns, part=cut) if stored is None else stored
 
     return read
 

@@ -41,7 +41,9 @@ class Engine:
         scheduler: Scheduler,
         clock: Callable[[], float] = time.monotonic,
         info: EngineInfo | None = None,
+        on_stop: Callable[[], None] | None = None,
     ) -> None:
+        """on_stop: called once the engine's thread has ended, to give back what is behind it."""
         self.config = config
         self.info = info or EngineInfo(
             scheduler.vocab_size, scheduler.max_model_len, scheduler.pool.block_size
@@ -49,6 +51,7 @@ class Engine:
         self._pipeline = Pipeline(runner, scheduler, clock)
         self._scheduler = scheduler
         self._clock = clock
+        self._on_stop = on_stop
         self._watchdog = Watchdog(config.stall_seconds)
         self._sink: Sink = _discard
         self._wake = threading.Condition()
@@ -175,6 +178,16 @@ class Engine:
                 scheduler.bytes_by_cause,
             )  # fmt: skip
 
+    def fail(self, failure: str) -> None:
+        """Note that the engine cannot go on, though its thread may be stuck or waiting for work.
+
+        Requests in flight get their last delta from the thread, if it ever returns.
+        """
+        with self._wake:
+            self._failure = self._failure or failure
+            self._stopping = True
+            self._wake.notify()
+
     def stop(self, timeout_seconds: float = 30.0) -> None:
         """Abort what is in flight and end the thread. Idempotent.
 
@@ -183,11 +196,14 @@ class Engine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread is None:
-            return
-        self._thread.join(timeout_seconds)
-        if self._thread.is_alive():
-            raise EngineError(f"The engine's thread did not end within {timeout_seconds:.0f} s.")
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+            if self._thread.is_alive():
+                raise EngineError(
+                    f"The engine's thread did not end within {timeout_seconds:.0f} s."
+                )
+        if self._on_stop is not None:
+            self._on_stop()
 
     def _refuse_now(self, request: Request) -> Refusal | None:
         """What depends on the moment: failure, drain, a reused id, a full queue. Holds _wake."""
@@ -219,7 +235,8 @@ class Engine:
             while (messages := self._next_messages()) is not None:
                 self._publish(self._turn(messages))
             self._pipeline.drain()
-            self._publish(self._scheduler.end_all("abort", None))
+            reason: FinishReason = "abort" if self._failure is None else "error"
+            self._publish(self._scheduler.end_all(reason, self._failure))
         except Exception as error:
             LOGGER.exception("the engine ended")
             self._end(f"{type(error).__name__}: {error}")
@@ -299,7 +316,7 @@ class Engine:
     def _end(self, failure: str) -> None:
         """Fail everything in flight: the engine cannot go on."""
         with self._wake:
-            self._failure = failure
+            failure = self._failure = self._failure or failure
         try:
             deltas = self._scheduler.end_all("error", failure)
         except Exception:

@@ -44,15 +44,18 @@ class EngineConfig:
     """Tokens of prompt and answer together. 0: what the model was trained for."""
     speculative_ngram: int = 0
     """Most draft tokens that a step checks for a request, found in its own text; 0: none."""
+    tensor_parallel: int = 1
+    """Processes that share the model, one a GPU: each holds a part of every layer and of the pool.
+    """
     threads: int = 0
-    """Compute threads. 0: leave the framework's default."""
+    """Compute threads of all processes together. 0: leave the framework's default."""
     stall_seconds: float = 60.0
     """Work is queued and no step finished for this long: the watchdog calls it a stall."""
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("dtype", self.dtype, DTYPES)
-        for name in ("max_batch_tokens", "max_concurrent"):
+        for name in ("max_batch_tokens", "max_concurrent", "tensor_parallel"):
             _at_least(name, getattr(self, name), 1)
         for name in ("kv_cache_bytes", "block_size", "max_waiting", "max_model_len", "threads",
                      "speculative_ngram", "kv_offloading_bytes"):  # fmt: skip
@@ -66,6 +69,11 @@ class EngineConfig:
             raise ConfigError(
                 f"kv_offloading_bytes is {self.kv_offloading_bytes}, but without prefix caching "
                 "there is nothing to keep: drop --kv-offloading-size or --no-prefix-caching."
+            )
+        if self.kv_offloading_bytes and self.tensor_parallel > 1:
+            raise ConfigError(
+                f"kv_offloading_bytes is {self.kv_offloading_bytes}, but the ranks of a model keep "
+                "no prefixes in host memory: drop --kv-offloading-size or --tensor-parallel-size."
             )
         if self.stall_seconds <= 0:
             raise ConfigError(f"stall_seconds is {self.stall_seconds}: it must be above 0.")

@@ -6,28 +6,33 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tilefleet_worker import attention, gpu_device, kernel_cache, models
+from tilefleet_worker import gpu_device, kernel_cache
 from tilefleet_worker.block_pool import BlockPool
+from tilefleet_worker.collectives import Collectives
+from tilefleet_worker.cpu_engine import load_cpu
+from tilefleet_worker.cpu_ranks import CPURank, LeadingModel
 from tilefleet_worker.engine import Engine
 from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import ConfigError
-from tilefleet_worker.kv_cache import KVCache, block_bytes, host_blocks_for, num_blocks_for
-from tilefleet_worker.layer_kinds import FULL, CacheLayout, LayerKind
+from tilefleet_worker.kv_cache import block_bytes, host_blocks_for
+from tilefleet_worker.layer_kinds import FULL, LayerKind
 from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.pipeline import StepRunner
+from tilefleet_worker.rank_group import RankGroup
+from tilefleet_worker.rank_messages import RankRunner
 from tilefleet_worker.runner import Runner
 from tilefleet_worker.scheduler import Scheduler
+from tilefleet_worker.shards import Shard
 from tilefleet_worker.stats import EngineInfo
-from tilefleet_worker.weights import Progress, Weights
+from tilefleet_worker.weights import Progress
 
 LOGGER = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 OnPhase = Callable[[str, float], None]
 """Called with (phase, seconds it took) when a start-up phase has ended."""
@@ -84,10 +89,18 @@ def build_engine(
     phases = _Phases(on_phase, clock)
     model_config = ModelConfig.from_folder(model_dir)
     config = options.resolve(model_max_len=model_config.max_positions, gpu=gpu_device.available())
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    Shard(0, config.tensor_parallel).config(model_config)  # refuse before anything is started
+    threads = _share_threads(config)
+    ranks = None
+    if config.tensor_parallel > 1:
+        ranks = RankGroup(config.tensor_parallel, config.backend, threads)
+        ranks.load({"model_dir": str(model_dir), "config": asdict(config)})
     build = _on_gpu if config.backend == "triton" else _on_cpu
-    built = build(model_dir, model_config, config, phases, on_progress)
+    try:
+        built = build(model_dir, model_config, config, phases, on_progress, ranks)
+    except BaseException:
+        _end(ranks)
+        raise
     if not built.batch_invariant:
         LOGGER.warning("on this device a request's last bits depend on its batch-mates")
     config = replace(config, kv_cache_bytes=config.kv_cache_bytes or _pool_size(built))
@@ -103,12 +116,72 @@ def build_engine(
             "batch_invariant": built.batch_invariant,
             "kv_block_bytes": built.block_bytes,
             "kv_layer_kinds": {kind.name: kind.width for kind in built.kinds},
+            "kv_bytes_per_rank": _pool_size(built) // config.tensor_parallel,
             **built.facts,
         },
         startup=tuple(phases.done),
     )
     scheduler = _scheduler(model_dir, model_config, config, built)
-    return Engine(config, built.runner, scheduler, clock, info)
+    engine = Engine(config, built.runner, scheduler, clock, info, partial(_end, ranks))
+    if ranks is not None:
+        ranks.on_death(engine.fail)
+    return engine
+
+
+def _share_threads(config: EngineConfig) -> int:
+    """Set this process's compute threads, its share of all. Returns their number."""
+    if config.threads:
+        torch.set_num_threads(max(1, config.threads // config.tensor_parallel))
+    return torch.get_num_threads()
+
+
+def _end(ranks: RankGroup | None) -> None:
+    """End the other ranks, if there are any."""
+    if ranks is None:
+        return
+    ranks.close()
+    if ranks.failure is None:  # else a GPU's library may wait for the dead
+        Collectives.leave()
+
+
+def load_rank(
+    model_dir: Path,
+    config: EngineConfig,
+    collectives: Collectives,
+    device: torch.device,
+    after_weights: Callable[[], None],
+) -> RankRunner:
+    """What another rank than the first computes with. config: as the first one has resolved it.
+
+    after_weights: called when this rank's weights are read, to meet the others.
+    """
+    model_config = ModelConfig.from_folder(model_dir)
+    if config.backend == "triton":
+        # Not above: imports Triton, which a worker on a CPU need not have.
+        from tilefleet_worker.gpu_engine import load_gpu
+
+        kernel_cache.adopt(os.environ)
+        runner, _ = load_gpu(
+            model_dir, model_config, config, device, collectives, after_weights=after_weights
+        )
+        return runner
+    parts = load_cpu(model_dir, model_config, config, collectives, after_weights=after_weights)
+    return CPURank(parts.model, parts.cache, parts.attention)
+
+
+def _collectives(
+    config: EngineConfig, ranks: RankGroup | None, device: torch.device
+) -> Collectives | None:
+    if ranks is None:
+        return None
+    return Collectives(0, ranks.size, device, config.batch_invariant)
+
+
+def _meet(ranks: RankGroup | None, collectives: Collectives | None) -> None:
+    """Wait until every rank has its weights, then join them."""
+    if ranks is not None and collectives is not None:
+        ranks.await_all()
+        collectives.join(ranks.store)
 
 
 def _pool_size(built: _Built) -> int:
@@ -121,24 +194,29 @@ def _on_cpu(
     config: EngineConfig,
     phases: _Phases,
     on_progress: Progress | None,
+    ranks: RankGroup | None,
 ) -> _Built:
-    backend = attention.create(config.backend, model_config)
-    layout = CacheLayout.of(model_config.windows, config.max_model_len)
-    size = block_bytes(model_config, config.block_size, layout=layout)
-    num_blocks = num_blocks_for(
-        model_config, config.block_size, config.kv_cache_bytes, layout=layout
-    )
-    with torch.inference_mode(), Weights(model_dir, on_progress) as weights:
-        model = models.load(model_config, weights, config.max_model_len)
-    phases.end("weights")
-    cache = KVCache(model_config, num_blocks, config.block_size, layout=layout)
+    collectives = _collectives(config, ranks, torch.device("cpu"))
+
+    def after_weights() -> None:
+        _meet(ranks, collectives)
+        phases.end("weights")
+
+    parts = load_cpu(
+        model_dir, model_config, config, collectives, after_weights=after_weights,
+        on_progress=on_progress, on_scrub=None if ranks is None else ranks.scrub,
+    )  # fmt: skip
     phases.end("pool")
-    host_blocks = host_blocks_for(config.kv_offloading_bytes, size, layout.kinds)
-    runner = Runner(model, cache, backend, host_blocks)
+    model, cache = parts.model, parts.cache
+    if ranks is not None:
+        model = LeadingModel(model, ranks, model_config.vocab_size)
+    kinds, size = cache.layout.kinds, parts.block_bytes * config.tensor_parallel
+    host_blocks = host_blocks_for(config.kv_offloading_bytes, size, kinds)
+    runner = Runner(model, cache, parts.attention, host_blocks)
     runner.warm_up(config.max_batch_tokens)
     batch_invariant = runner.batch_invariant()
     phases.end("warmup")
-    return _Built(runner, num_blocks, host_blocks, size, layout.kinds, batch_invariant, _cpu(), {})
+    return _Built(runner, cache.num_blocks, host_blocks, size, kinds, batch_invariant, _cpu(), {})
 
 
 def _on_gpu(
@@ -147,34 +225,26 @@ def _on_gpu(
     config: EngineConfig,
     phases: _Phases,
     on_progress: Progress | None,
+    ranks: RankGroup | None,
 ) -> _Built:
-    device = gpu_device.require()
+    device = gpu_device.require(0, config.tensor_parallel)
     adopted = kernel_cache.adopt(os.environ)
     if adopted:
         LOGGER.info("%d compiled kernels taken from the image", adopted)
     # Not above: imports Triton, which a worker on a CPU need not have.
-    from tilefleet_worker import fused_weights
-    from tilefleet_worker.gpu_engine import GPULimits, build_runner, prompt_step_tokens
+    from tilefleet_worker.gpu_engine import DTYPES, load_gpu, prompt_step_tokens
 
-    reasons = fused_weights.why_not(model_config)
-    if reasons:
-        raise ConfigError(
-            f"backend 'triton' cannot serve this {model_config.architecture} model: "
-            f"{'; '.join(reasons)}. Use --backend cpu, or a model without."
-        )
-    dtype = DTYPES[config.dtype]
-    size = block_bytes(model_config, config.block_size, dtype)
-    host_blocks = host_blocks_for(config.kv_offloading_bytes, size, (FULL,))
-    limits = GPULimits(
-        config.max_batch_tokens, min(config.max_concurrent, config.max_batch_tokens),
-        config.max_model_len, config.block_size, config.kv_cache_bytes, config.gpu_memory_fraction,
-        config.max_concurrent, config.batch_invariant, host_blocks,
-    )  # fmt: skip
+    collectives = _collectives(config, ranks, device)
+
+    def after_weights() -> None:
+        _meet(ranks, collectives)
+        phases.end("weights")
+
     try:
-        with torch.inference_mode(), Weights(model_dir, on_progress) as source:
-            weights = fused_weights.load(model_config, source, config.max_model_len, dtype, device)
-            phases.end("weights")
-            runner, cache = build_runner(model_config, weights, limits)
+        runner, cache = load_gpu(
+            model_dir, model_config, config, device, collectives, ranks,
+            after_weights=after_weights, on_progress=on_progress,
+        )  # fmt: skip
         phases.end("pool")
         runner.warm_up(config.max_batch_tokens)
         phases.end("warmup")
@@ -188,11 +258,14 @@ def _on_gpu(
         ) from error
     batch_invariant = runner.batch_invariant()
     phases.end("capture")
+    own = Shard(0, config.tensor_parallel).config(model_config)
+    size = block_bytes(own, config.block_size, DTYPES[config.dtype]) * config.tensor_parallel
+    host_blocks = host_blocks_for(config.kv_offloading_bytes, size, (FULL,))
     facts = gpu_device.facts(device)
     kinds = cache.layout.kinds
     return _Built(
         runner, cache.num_blocks, host_blocks, size, kinds, batch_invariant, facts,
-        runner.graph_facts, prompt_step_tokens(model_config),
+        runner.graph_facts, prompt_step_tokens(own),
     )  # fmt: skip
 
 

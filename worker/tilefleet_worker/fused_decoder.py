@@ -12,6 +12,7 @@ import torch
 
 from tilefleet_worker.attention.base import AttentionSpec
 from tilefleet_worker.attention.triton.backend import PagedBatch, TritonAttention
+from tilefleet_worker.collectives import Collectives
 from tilefleet_worker.kernels.embedding import embed
 from tilefleet_worker.kernels.mixture import ExpertWeights, MixtureShape, MixtureSpace, mixture
 from tilefleet_worker.kernels.norm import add_rms_norm
@@ -115,7 +116,15 @@ class FusedDecoder:
     Stateless between steps but for its scratch memory.
     """
 
-    def __init__(self, config: ModelConfig, weights: FusedWeights, workspace: Workspace) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: FusedWeights,
+        workspace: Workspace,
+        collectives: Collectives | None = None,
+    ) -> None:
+        """collectives: of the ranks that hold the parts of a model; config: of this rank's part."""
+        self._collectives = collectives
         self.config = config
         self.weights = weights
         self.workspace = workspace
@@ -132,14 +141,27 @@ class FusedDecoder:
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(weights.layers):
             add_rms_norm(residual, delta, layer.input_norm, normed, eps)
-            delta = self._attend(layer, inputs, attention, cache.layer(index))
+            delta = self._summed(self._attend(layer, inputs, attention, cache.layer(index)))
             add_rms_norm(residual, delta, layer.mlp_norm, normed, eps)
-            delta = self._mlp(layer, tokens)
+            delta = self._summed(self._mlp(layer, tokens))
         if inputs.logits_index is not None and delta is not None:
             residual, delta = residual[inputs.logits_index], delta[inputs.logits_index]
         last = space.normed[: len(residual)]
         add_rms_norm(residual, delta, weights.final_norm, last, eps)
-        return _logits(last, weights.head, self.logits_space(len(last)))
+        return self._head(last, self.logits_space(len(last)))
+
+    def _summed(self, part: torch.Tensor) -> torch.Tensor:
+        return part if self._collectives is None else self._collectives.add_up(part)
+
+    def _head(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Logits of x. Every rank gets those of all, so that each chooses the same tokens."""
+        head = self.weights.head
+        if self._collectives is None:
+            return _logits(x, head, out)
+        if not len(x):
+            return out
+        part = out.new_empty(len(x), len(head))
+        return self._collectives.columns(_logits(x, head, part), self.config.vocab_size, out)
 
     def embed(self, inputs: StepInputs, residual: torch.Tensor) -> None:
         """Begin the residual stream fp32 [tokens, hidden] with the embeddings of the tokens."""

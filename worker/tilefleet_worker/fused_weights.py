@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+from torch.nn import functional
 
 from tilefleet_worker.attention.base import AttentionSpec
 from tilefleet_worker.device_matrices import DeviceMatrices, Stored, storing
@@ -15,6 +16,7 @@ from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.models.checkpoint import AttentionTensors, Checkpoint
 from tilefleet_worker.rope_config import RopeConfig
 from tilefleet_worker.rotary_frequencies import frequencies
+from tilefleet_worker.shards import Shard
 from tilefleet_worker.target import arch_of, fp8_type
 from tilefleet_worker.weights import Weights
 
@@ -25,15 +27,18 @@ def load(
     max_positions: int,
     dtype: torch.dtype,
     device: torch.device,
+    shard: Shard = Shard(),  # noqa: B008 - frozen
 ) -> FusedWeights:
-    """Take all tensors. Raises ModelError when the files do not hold exactly what is needed, and
-    when the fused decoder lacks what the family needs.
+    """Take all tensors, of each the part that the shard says. config: of the whole model.
+
+    Raises ModelError when the files do not hold exactly what is needed, and when the fused decoder
+    lacks what the family needs.
     """
     reasons = why_not(config)
     if reasons:
         raise ModelError(f"The fused decoder cannot serve this model: {'; '.join(reasons)}.")
-    checkpoint = Checkpoint(config, weights, storing(weights, config.quantization))
-    source = _Source(config, checkpoint, max_positions, dtype, device)
+    checkpoint = Checkpoint(config, weights, storing(weights, config.quantization), shard)
+    source = _Source(config, checkpoint, max_positions, dtype, device, shard)
     made = source.weights()
     weights.check_all_taken()
     return made
@@ -70,8 +75,10 @@ class _Source:
         max_positions: int,
         dtype: torch.dtype,
         device: torch.device,
+        shard: Shard,
     ) -> None:
         self._config = config
+        self._shard = shard
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
@@ -86,8 +93,21 @@ class _Source:
             embedding=put,
             layers=tuple(self._layer(index) for index in range(self._config.num_layers)),
             final_norm=self._put(self._checkpoint.final_norm()),
-            head=put if head is embedding else self._matrices.dense(head),
+            head=put if head is embedding else self._head(head, put),
         )
+
+    def _head(self, head: Stored, embedding: torch.Tensor) -> torch.Tensor:
+        """A head of its own, or this rank's rows: as many on every rank, the last ones perhaps 0.
+
+        Tied rows are those of the embedding that is there already.
+        """
+        config, shard = self._config, self._shard
+        if config.tie_word_embeddings:
+            made = embedding[shard.vocabulary(config.vocab_size)]
+        else:
+            made = self._matrices.dense(head)
+        missing = shard.vocabulary_share(config.vocab_size) - len(made)
+        return functional.pad(made, [0, 0, 0, missing]) if missing else made
 
     def _put(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._dtype).to(self._device)
@@ -130,7 +150,7 @@ class _Source:
         router = made.dense(self._checkpoint.router(index, experts))
         gate_ups, downs = [], []
         for number in range(experts.count):
-            mlp = self._checkpoint.expert(index, number, experts)
+            mlp = self._checkpoint.expert(index, number)
             gate_ups.append(made.joined(mlp.gate, mlp.up))
             downs.append(made.joined(mlp.down))
         return (

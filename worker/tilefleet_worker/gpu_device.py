@@ -14,10 +14,11 @@ def available() -> bool:
     return torch.cuda.is_available()
 
 
-def require() -> torch.device:
+def require(rank: int = 0, ranks: int = 1) -> torch.device:
     """The device of backend triton. Raises ConfigError when the GPU or Triton is missing.
 
-    In Triton's interpreter, which is for tests, the CPU stands in for a GPU.
+    rank: of the process among the `ranks` that share a model; each takes the GPU of its number. In
+    Triton's interpreter, which is for tests, the CPU stands in for a GPU.
     """
     if find_spec("triton") is None:
         raise ConfigError(
@@ -25,6 +26,14 @@ def require() -> torch.device:
             "GPU image, or --backend cpu."
         )
     if available():
+        found = torch.cuda.device_count()
+        if found < ranks:
+            raise ConfigError(
+                f"--tensor-parallel-size is {ranks}, but this process sees {found} GPUs: request "
+                "as many for the pod, or lower it."
+            )
+        if ranks > 1:
+            torch.cuda.set_device(rank)
         return torch.device("cuda", torch.cuda.current_device())
     if os.environ.get("TRITON_INTERPRET") == "1":
         return torch.device("cpu")

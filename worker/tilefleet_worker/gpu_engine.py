@@ -1,25 +1,36 @@
 """Assembles the GPU's runner: scratch memory first, the pool from what is left, then the graphs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from tilefleet_worker import few_rows_decoder
+from tilefleet_worker import few_rows_decoder, fused_weights
 from tilefleet_worker.attention.triton.backend import TritonAttention
+from tilefleet_worker.collectives import Collectives
+from tilefleet_worker.engine_config import EngineConfig
 from tilefleet_worker.errors import ConfigError
 from tilefleet_worker.few_rows_decoder import FewRowsDecoder
 from tilefleet_worker.fused_decoder import FusedDecoder, FusedWeights, Workspace
 from tilefleet_worker.gpu_runner import GPURunner
 from tilefleet_worker.kernels.sampling import SamplerWorkspace
-from tilefleet_worker.kv_cache import KVCache, num_blocks_for
+from tilefleet_worker.kv_cache import KVCache, block_bytes, host_blocks_for, num_blocks_for
+from tilefleet_worker.layer_kinds import FULL
 from tilefleet_worker.model_config import ModelConfig
+from tilefleet_worker.rank_group import RankGroup
+from tilefleet_worker.shards import Shard
 from tilefleet_worker.step_inputs import InputBuffer
+from tilefleet_worker.weights import Progress, Weights
 
 # Left free for captured graphs, library workspaces and the allocator's rounding.
 MARGIN_BYTES = 2**30
 # Of a token: 2,048 tokens of such a model fill an H100 for 45 ms.
 _FILLING_WEIGHTS = 7e9
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +53,60 @@ class GPULimits:
     host_blocks: int = 0
 
 
+def load_gpu(
+    model_dir: Path,
+    model_config: ModelConfig,
+    config: EngineConfig,
+    device: torch.device,
+    collectives: Collectives | None = None,
+    ranks: RankGroup | None = None,
+    *,
+    after_weights: Callable[[], None],
+    on_progress: Progress | None = None,
+) -> tuple[GPURunner, KVCache]:
+    """Load a rank's part of a model onto its GPU: a runner, not yet warmed up, and its pool.
+
+    config: resolved, with the pool's bytes over all ranks. collectives, ranks: see build_runner.
+    after_weights: called between weights and pool. Raises ConfigError and ModelError when the model
+    cannot be served so, and torch's OutOfMemoryError.
+    """
+    reasons = fused_weights.why_not(model_config)
+    if reasons:
+        raise ConfigError(
+            f"backend 'triton' cannot serve this {model_config.architecture} model: "
+            f"{'; '.join(reasons)}. Use --backend cpu, or a model without."
+        )
+    shard = Shard() if collectives is None else Shard(collectives.rank, collectives.size)
+    own, dtype = shard.config(model_config), DTYPES[config.dtype]
+    size = block_bytes(own, config.block_size, dtype)
+    host_blocks = host_blocks_for(config.kv_offloading_bytes, size, (FULL,))
+    limits = GPULimits(
+        config.max_batch_tokens, min(config.max_concurrent, config.max_batch_tokens),
+        config.max_model_len, config.block_size, config.kv_cache_bytes // shard.size,
+        config.gpu_memory_fraction, config.max_concurrent, config.batch_invariant, host_blocks,
+    )  # fmt: skip
+    with (
+        torch.inference_mode(),
+        Weights(model_dir, on_progress, verify=shard.rank == 0) as source,
+    ):
+        weights = fused_weights.load(
+            model_config, source, config.max_model_len, dtype, device, shard
+        )
+        after_weights()
+        return build_runner(own, weights, limits, collectives, ranks)
+
+
 def build_runner(
-    config: ModelConfig, weights: FusedWeights, limits: GPULimits
+    config: ModelConfig,
+    weights: FusedWeights,
+    limits: GPULimits,
+    collectives: Collectives | None = None,
+    ranks: RankGroup | None = None,
 ) -> tuple[GPURunner, KVCache]:
     """A runner on the device of the weights, not yet warmed up, and its pool.
+
+    collectives: of the ranks that hold the parts of a model. ranks: those that this one, the first,
+    tells its steps. The pool has as many blocks as fit on every rank.
 
     Raises ConfigError when attention cannot serve the model or the pool would have no blocks.
     """
@@ -65,9 +126,15 @@ def build_runner(
     )  # fmt: skip
     pool_bytes = _pool_bytes(limits, device)
     blocks = num_blocks_for(config, limits.block_size, pool_bytes, dtype)
-    cache = KVCache(config, blocks, limits.block_size, dtype, device)
-    decoder = _decoder(config, weights, workspace, limits.batch_invariant)
-    return GPURunner(decoder, cache, attention, inputs, sampler, limits.host_blocks), cache
+    if collectives is not None:
+        blocks = collectives.least(blocks)
+    on_scrub = None if ranks is None else ranks.scrub
+    cache = KVCache(config, blocks, limits.block_size, dtype, device, on_scrub=on_scrub)
+    decoder = _decoder(config, weights, workspace, limits.batch_invariant, collectives)
+    return (
+        GPURunner(decoder, cache, attention, inputs, sampler, limits.host_blocks, ranks),
+        cache,
+    )
 
 
 def prompt_step_tokens(config: ModelConfig) -> int:
@@ -86,10 +153,15 @@ def prompt_step_tokens(config: ModelConfig) -> int:
 
 
 def _decoder(
-    config: ModelConfig, weights: FusedWeights, workspace: Workspace, invariant: bool
+    config: ModelConfig,
+    weights: FusedWeights,
+    workspace: Workspace,
+    invariant: bool,
+    collectives: Collectives | None,
 ) -> FusedDecoder:
-    if few_rows_decoder.why_not(weights):
-        return FusedDecoder(config, weights, workspace)
+    # The way for few rows adds a product to the stream as it is made: no place for other ranks'.
+    if collectives is not None or few_rows_decoder.why_not(weights):
+        return FusedDecoder(config, weights, workspace, collectives)
     return FewRowsDecoder(config, weights, workspace, invariant)
 
 

@@ -20,6 +20,8 @@ from tilefleet_worker.host_cache import Transfer
 from tilefleet_worker.kernels.ahead import compiling
 from tilefleet_worker.kernels.sampling import SamplerWorkspace, choose_tokens
 from tilefleet_worker.kv_cache import KVCache
+from tilefleet_worker.rank_group import RankGroup
+from tilefleet_worker.rank_messages import Kind, Words, from_arrays, to_arrays
 from tilefleet_worker.request import SamplingParams
 from tilefleet_worker.step import StepPlan, StepResult, StepRow
 from tilefleet_worker.step_arrays import Ints, StepArrays, lay_out
@@ -45,8 +47,12 @@ class GPURunner:
         inputs: InputBuffer,
         sampler: SamplerWorkspace,
         host_blocks: int = 0,
+        ranks: RankGroup | None = None,
     ) -> None:
-        """host_blocks: blocks of host memory for evicted prefixes."""
+        """host_blocks: blocks of host memory for evicted prefixes. ranks: those that are told
+        every step, where this is the first of several.
+        """
+        self._ranks = ranks
         self._decoder = decoder
         self._cache = cache
         self._attention = attention
@@ -107,11 +113,30 @@ class GPURunner:
         """
         graphs = self._graphs
         if graphs is None or not arrays.decode_only or arrays.num_rows > graphs.sizes[-1]:
-            return self._forward(self._inputs.mixed(arrays)), None
+            inputs = self._inputs.mixed(arrays)
+            self._tell(arrays)
+            return self._forward(inputs), None
         padded = graphs.padded(arrays.num_rows)
         inputs = self._inputs.decode(arrays, padded)
+        self._tell(arrays)
         logits = graphs.replay(padded, lambda: self._forward(inputs))
         return logits[: arrays.num_rows], arrays.logits_index
+
+    def _tell(self, arrays: StepArrays) -> None:
+        """Tell the other ranks a step that this one has found to be in order."""
+        if self._ranks is not None:
+            self._ranks.tell(Kind.STEP, from_arrays(arrays))
+
+    def follow(self, kind: Kind, words: Words) -> None:
+        """Do what the first rank does. See RankRunner."""
+        if kind == Kind.CAPTURE:
+            self.capture()
+            return
+        with torch.inference_mode():
+            if kind == Kind.SCRUB:
+                self._cache.scrub(words.tolist())
+            else:
+                self._compute(to_arrays(words))
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
         """Logits of a step whose tokens are chosen behind them. Launches only."""
@@ -131,6 +156,8 @@ class GPURunner:
         """Capture the graph of every padded batch size, the largest first: they share memory."""
         if self._graphs is None:
             return
+        if self._ranks is not None:
+            self._ranks.tell(Kind.CAPTURE)
         with torch.inference_mode():
             for padded in reversed(self._graphs.sizes):
                 inputs = self._inputs.decode(None, padded)

@@ -1,6 +1,6 @@
 """The KV cache: one allocation, its size decided before it is made."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -73,7 +73,10 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         layout: CacheLayout | None = None,
+        on_scrub: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
+        """on_scrub: told the blocks that are cleaned, of which other ranks hold parts."""
+        self._on_scrub = on_scrub
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.layout = layout or CacheLayout.uniform(config.num_layers)
@@ -117,5 +120,7 @@ class KVCache:
         A masked position is multiplied by 0, and 0 × NaN is NaN: what a faulty request leaves
         behind would reach the next owner of its blocks. Finite values do not change.
         """
+        if self._on_scrub is not None:
+            self._on_scrub(block_ids)
         for block in block_ids:
             self._tensor[:, :, block].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tilefleet_worker.dequantize import StoredMatrix, block_of, scale_shape
+from tilefleet_worker.dequantize import WHOLE, Cut, StoredMatrix, block_of, scale_shape
 from tilefleet_worker.digests import check_digests
 from tilefleet_worker.errors import ModelError
 from tilefleet_worker.quant_config import QuantConfig
@@ -29,10 +29,13 @@ class Weights:
     """All tensors of a folder by name. A context manager: the files are mapped while it is open.
 
     Raises ModelError on opening when a file is missing, truncated or not safetensors, and when it
-    differs from a digest that the folder gives.
+    differs from a digest that the folder gives. verify: hash the files; one of a group's processes
+    does.
     """
 
-    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress | None = None, *, verify: bool = True
+    ) -> None:
         self._progress = progress
         self._file_of: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}  # safe_open, which has no types
@@ -41,7 +44,7 @@ class Weights:
         files = _weight_files(folder)
         for path in files:
             self._open(path)
-        self.files_verified = check_digests(folder, files)
+        self.files_verified = check_digests(folder, files) if verify else 0
         """Files whose SHA-256 the folder gave and that have it."""
         self._bytes_total = sum(path.stat().st_size for path in self._handles)
 
@@ -74,8 +77,11 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """Return a tensor as fp32, of exactly this shape. Raises ModelError when it is not so."""
+    def take(self, name: str, *shape: int, part: tuple[slice, ...] = ()) -> torch.Tensor:
+        """Return a tensor as fp32, of exactly this shape. Raises ModelError when it is not so.
+
+        part: what of each dimension is read and returned; nothing else of the file is touched.
+        """
         tensor = self._get(name, shape)
         self._check_shape(name, tensor, shape)
         if tensor.dtype not in _FLOATS:
@@ -83,21 +89,34 @@ class Weights:
             raise self._wrong(
                 name, f"has type {tensor.dtype}, expected one of {_words(_FLOATS)}{hint}"
             )
-        return tensor.to(torch.float32, copy=True)
+        return tensor[part].to(torch.float32, copy=True)
 
     def matrix(
-        self, name: str, rows: int, columns: int, quantization: QuantConfig | None
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        quantization: QuantConfig | None,
+        cut: Cut = WHOLE,
     ) -> torch.Tensor:
-        """A matrix [rows, columns] as fp32, dequantised when the files hold it quantised."""
-        stored = self.stored(name, rows, columns, quantization)
-        return self.take(name, rows, columns) if stored is None else stored.dequantized()
+        """A matrix [rows, columns], or a part, as fp32; dequantised when it is stored quantised."""
+        stored = self.stored(name, rows, columns, quantization, cut)
+        if stored is None:
+            return self.take(name, rows, columns, part=cut)
+        return stored.dequantized()
 
     def stored(
-        self, name: str, rows: int, columns: int, quantization: QuantConfig | None
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        quantization: QuantConfig | None,
+        cut: Cut = WHOLE,
     ) -> StoredMatrix | None:
-        """A quantised matrix as it is stored; None when the files hold it as floats.
+        """A quantised matrix, or a part, as it is stored; None when the files hold it as floats.
 
-        name ends in `weight`; its scale is called `weight_scale_inv` or `weight_scale`.
+        name ends in `weight`; its scale is called `weight_scale_inv` or `weight_scale`. Raises
+        ModelError when a cut splits a block that has one scale.
         """
         if (
             quantization is None
@@ -117,12 +136,20 @@ class Weights:
         scale_name = next((other for other in names if other in self), names[0])
         shape = scale_shape(quantization, rows, columns)
         zero_name = name + "_zero_point"
-        return StoredMatrix(
+        whole = StoredMatrix(
             values,
             self._blocks(scale_name, shape).to(torch.float32),
             self._blocks(zero_name, shape) if zero_name in self else None,
             block_of(quantization, rows, columns),
         )
+        try:
+            return whole.part(cut)
+        except ValueError as error:
+            raise self._wrong(
+                name,
+                f"of shape {[rows, columns]} cannot be divided so: {error}, whose weights share "
+                "one scale: use a smaller --tensor-parallel-size, or unquantised weights",
+            ) from error
 
     def _blocks(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
         """Scales or zero points, one a block; a single dimension may be left out."""

@@ -33,7 +33,7 @@ def build_kernels(arguments: Sequence[str]) -> int:
 
 def _build(arch: str, model: str, options: argparse.Namespace, cache: Path) -> None:
     from tilefleet_worker.compilation.build import build
-    from tilefleet_worker.factory import DTYPES
+    from tilefleet_worker.gpu_engine import DTYPES
 
     began = time.monotonic()
     config = named_config(model)

@@ -2,7 +2,7 @@
 
 import torch
 
-from tilefleet_worker.dequantize import StoredMatrix, block_of, scale_shape
+from tilefleet_worker.dequantize import WHOLE, Cut, StoredMatrix, block_of, scale_shape
 from tilefleet_worker.quant_config import QuantConfig
 from tilefleet_worker.weights import Weights
 
@@ -19,12 +19,17 @@ class ShapeWeights(Weights):
     def __contains__(self, name: str) -> bool:
         return True
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
+    def take(self, name: str, *shape: int, part: tuple[slice, ...] = ()) -> torch.Tensor:
         """See Weights.take."""
-        return torch.empty(shape, dtype=torch.float32, device=META)
+        return torch.empty(shape, dtype=torch.float32, device=META)[part]
 
     def stored(
-        self, name: str, rows: int, columns: int, quantization: QuantConfig | None
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        quantization: QuantConfig | None,
+        cut: Cut = WHOLE,
     ) -> StoredMatrix | None:
         """See Weights.stored. Routers and the head are published as floats."""
         if quantization is None or ("proj" not in name and "experts" not in name):
@@ -32,4 +37,5 @@ class ShapeWeights(Weights):
         kind = getattr(torch, quantization.stored)
         values = torch.empty(rows, columns, dtype=kind, device=META)
         scale = torch.empty(scale_shape(quantization, rows, columns), device=META)
-        return StoredMatrix(values, scale, None, block_of(quantization, rows, columns))
+        whole = StoredMatrix(values, scale, None, block_of(quantization, rows, columns))
+        return whole.part(cut)

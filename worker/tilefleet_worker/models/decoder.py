@@ -3,7 +3,7 @@
 What differs between families is data: ModelConfig, and which tensors are there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,9 @@ from tilefleet_worker.batch import Batch
 from tilefleet_worker.kv_cache import KVCache
 from tilefleet_worker.layers import Linear, RMSNorm, Rotary
 from tilefleet_worker.model_config import ModelConfig
-from tilefleet_worker.models.mlp import FeedForward
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+"""[rows, in] → [rows, out]: a Linear, or one that the ranks of a group compute together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,10 @@ class Layer:
     qk_norm: torch.Tensor | None  # [heads + kv_heads, head_dim], in the model's type
     rope: int  # which of the model's rotary embeddings
     spec: AttentionSpec
-    output: Linear  # heads · head_dim → hidden
+    output: Map  # heads · head_dim → hidden
     output_norm: RMSNorm | None
     mlp_norm: RMSNorm
-    mlp: FeedForward
+    mlp: Map
     mlp_output_norm: RMSNorm | None
 
 
@@ -40,7 +42,7 @@ class Ends:
     embedding: torch.Tensor  # [vocabulary, hidden]
     embedding_scale: float
     norm: RMSNorm
-    head: Linear  # normed hidden → vocabulary
+    head: Map  # normed hidden → vocabulary
 
 
 class Decoder:

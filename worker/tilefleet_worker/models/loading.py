@@ -1,8 +1,10 @@
 """From a checkpoint to a decoder: maps joined, norms folded, heads interleaved, tensors placed."""
 
 import torch
+from torch.nn import functional
 
 from tilefleet_worker.attention.base import AttentionSpec
+from tilefleet_worker.collectives import Collectives, JoinedHead, Summed
 from tilefleet_worker.layers import (
     Linear,
     Placement,
@@ -13,25 +15,30 @@ from tilefleet_worker.layers import (
 )
 from tilefleet_worker.model_config import ModelConfig
 from tilefleet_worker.models.checkpoint import AttentionTensors, Checkpoint, MLPTensors
-from tilefleet_worker.models.decoder import Decoder, Ends, Layer
+from tilefleet_worker.models.decoder import Decoder, Ends, Layer, Map
 from tilefleet_worker.models.mlp import Experts, FeedForward, GatedMLP, activation
 
 
 def load_decoder(
-    config: ModelConfig, checkpoint: Checkpoint[torch.Tensor], max_positions: int, place: Placement
+    config: ModelConfig,
+    checkpoint: Checkpoint[torch.Tensor],
+    max_positions: int,
+    place: Placement,
+    collectives: Collectives | None = None,
 ) -> Decoder:
-    """Take all tensors. max_positions: longest sequence that will be asked for."""
+    """Take all tensors. max_positions: longest sequence that will be asked for.
+
+    config: of the part that this rank computes; collectives: of the ranks where there are several.
+    """
     kinds = tuple(dict.fromkeys(config.ropes))
     rotaries = tuple(Rotary(config.head_dim, kind, max_positions, place.device) for kind in kinds)
-    loader = _Loader(config, checkpoint, place)
+    loader = _Loader(config, checkpoint, place, collectives)
     embedding = checkpoint.embedding()
     layers = tuple(
         loader.layer(index, kinds.index(config.ropes[index])) for index in range(config.num_layers)
     )
     final_norm = checkpoint.final_norm()
-    norm, head = normed_linear(
-        config.rms_norm_eps, final_norm, checkpoint.head(embedding), None, place
-    )
+    norm, head = loader.head(final_norm, checkpoint.head(embedding))
     scale = config.hidden_size**0.5 if config.family.scaled_embedding else 1.0
     return Decoder(config, Ends(place.put(embedding), scale, norm, head), layers, rotaries)
 
@@ -40,12 +47,30 @@ class _Loader:
     """Builds layers of one model."""
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint[torch.Tensor], place: Placement
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint[torch.Tensor],
+        place: Placement,
+        collectives: Collectives | None,
     ) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._place = place
+        self._collectives = collectives
         self._act = activation(config.activation)
+
+    def head(self, norm_weight: torch.Tensor, weight: torch.Tensor) -> tuple[RMSNorm, Map]:
+        """The last norm and the head, of which a rank may hold some rows."""
+        config, collectives = self._config, self._collectives
+        if collectives is None:
+            return normed_linear(config.rms_norm_eps, norm_weight, weight, None, self._place)
+        share = -(-config.vocab_size // collectives.size)
+        padded = functional.pad(weight, [0, 0, 0, share - len(weight)])
+        norm, part = normed_linear(config.rms_norm_eps, norm_weight, padded, None, self._place)
+        return norm, JoinedHead(part, config.vocab_size, collectives)
+
+    def _summed(self, part: Map) -> Map:
+        return part if self._collectives is None else Summed(part, self._collectives)
 
     def layer(self, index: int, rope: int) -> Layer:
         config = self._config
@@ -60,10 +85,10 @@ class _Loader:
             spec=AttentionSpec(
                 config.attention_scale, config.windows[index], config.attention_soft_cap
             ),
-            output=Linear(tensors.output, tensors.output_bias, self._place),
+            output=self._summed(Linear(tensors.output, tensors.output_bias, self._place)),
             output_norm=self._norm(tensors.post_norm),
             mlp_norm=mlp_norm,
-            mlp=mlp,
+            mlp=self._summed(mlp),
             mlp_output_norm=after,
         )
 
@@ -95,7 +120,7 @@ class _Loader:
             return norm, mlp, self._norm(after)
         experts = config.experts
         numbers = range(experts.count)
-        tensors = (self._checkpoint.expert(index, number, experts) for number in numbers)
+        tensors = (self._checkpoint.expert(index, number) for number in numbers)
         made = [self._mlp(expert, before) for expert in tensors]
         router_weight = self._checkpoint.router(index, experts)
         norm, router = normed_linear(config.rms_norm_eps, before, router_weight, None, self._place)
