@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -46,15 +46,20 @@ SHAPES = {
         "head": ("logits", 151936, 1024),
     },
 }  # fmt: skip
-# columns, depth, warps, stages
+LAYERS = {"llama-3.1-8b": 8, "qwen3-0.6b": 28}  # of the chain: more than the L2 cache holds
+# rows of a tile, columns, depth, warps, stages; each by TMA and without
 FEW = (
-    (32, 128, 4, 4), (32, 128, 4, 6), (32, 256, 4, 3), (32, 256, 4, 4), (32, 256, 8, 4),
-    (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3),
-    (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3),
+    (16, 64, 128, 4, 4), (16, 64, 128, 4, 5), (16, 64, 64, 4, 8), (16, 64, 256, 4, 3),
+    (16, 32, 256, 4, 5),
+)  # fmt: skip
+SOME = (
+    (64, 64, 64, 4, 6), (64, 64, 128, 4, 4), (64, 64, 128, 4, 3), (64, 128, 64, 8, 6),
+    (64, 128, 64, 4, 5), (64, 32, 128, 4, 4),
 )  # fmt: skip
 MANY = (
-    (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3),
-    (128, 64, 8, 4),    (128, 128, 8, 3),
+    (256, 128, 64, 8, 4), (256, 128, 64, 8, 3), (256, 64, 64, 4, 4), (256, 64, 64, 8, 5),
+    (128, 128, 64, 8, 4), (128, 128, 64, 8, 6), (128, 256, 64, 8, 4), (128, 64, 64, 4, 4),
+    (128, 64, 128, 4, 4),
 )  # fmt: skip
 SHARED_BYTES = 227 << 10
 Job = tuple[str, int, ProductTile]
@@ -186,17 +191,18 @@ def copy_rate() -> float:
 
 def candidates(kind: str, features: int, inner: int, rows: int) -> Iterator[ProductTile]:
     """Tiles worth trying: they fit shared memory and give between 64 and 1100 programs."""
-    tile_rows = min(128, max(16, 1 << (rows - 1).bit_length()))
-    for columns, depth, warps, stages in FEW if rows <= 16 else MANY:
+    for tile_rows, columns, depth, warps, stages in (
+        FEW if rows <= 16 else SOME if rows <= 64 else MANY
+    ):
         wide = 2 if kind == "gated" else 1
         if stages * depth * 2 * (columns * wide + tile_rows) > SHARED_BYTES:
             continue
-        if columns * wide * tile_rows > warps * 4096 or (tile_rows > 64 and warps * 64 < columns):
+        if columns * wide * tile_rows > warps * 4096:
             continue
-        strips = -(-features // columns)
-        for splits in (1, 2, 4, 8):
-            if (strips * splits <= 1100 or splits == 1) and splits * depth <= inner:
-                yield ProductTile(tile_rows, columns, depth, splits, warps, stages)
+        programs = -(-features // columns) * -(-rows // tile_rows)
+        for splits in (1, 2, 4):
+            if splits == 1 or (programs * splits <= 264 and splits * 256 <= inner):
+                yield ProductTile(tile_rows, columns, depth, splits, warps, stages, tma=True)
 
 
 def check(job: Job) -> dict[str, Any]:
@@ -240,7 +246,10 @@ def sweep(model: str, rate: float, row_counts: tuple[int, ...], good: set[tuple[
             case = Case(kind, features, inner, rows, copies)
             library = per_launch(case.library, copies, launches)
             found = []
-            for tile in candidates(kind, features, inner, rows):
+            for tile in (
+                TILES["sm90"].of(rows, features, inner, kind == "gated"),
+                *candidates(kind, features, inner, rows),
+            ):
                 if _compiled((kind, inner, tile)) not in good:
                     continue
                 try:
@@ -256,8 +265,8 @@ def sweep(model: str, rate: float, row_counts: tuple[int, ...], good: set[tuple[
                 library_share=round(size / rate / library, 3),
                 best=[
                     [round(span * 1e6, 2), round(size / rate / span, 3),
-                     t.columns, t.depth, t.splits, t.warps, t.stages]
-                    for span, t in found[: 14 if rows <= 16 else 8]
+                     t.rows, t.columns, t.depth, t.splits, t.warps, t.stages, t.tma]
+                    for span, t in found[:9]
                 ],
             )  # fmt: skip
             torch.cuda.empty_cache()
@@ -266,9 +275,10 @@ def sweep(model: str, rate: float, row_counts: tuple[int, ...], good: set[tuple[
 INVARIANCE = (("add", 1024, 2048), ("gated", 1024, 1024), ("normed", 1024, 4096))
 
 
-def invariance_tile(rows: int, columns: int, depth: int, warps: int) -> ProductTile:
-    tile_rows = next((size for size in (16, 64) if size >= rows), 128)
-    return ProductTile(tile_rows, columns, depth, 2, warps, 3)
+def invariance_tile(rows: int, columns: int, depth: int, warps: int, tma: bool) -> ProductTile:
+    sizes = (16, 64, 128, 256) if tma and warps == 8 and columns == 64 else (16, 64, 128)
+    tile_rows = next((size for size in sizes if size >= rows), sizes[-1])
+    return ProductTile(tile_rows, columns, depth, 2, warps, 3, tma=tma)
 
 
 def invariance() -> None:
@@ -294,16 +304,19 @@ def invariance() -> None:
         emit(f"invariance {kind}", tried=len(equal), differ=differ)
 
 
-INVARIANCE_FORMS = ((64, 64, 4), (64, 128, 4), (32, 128, 4), (128, 64, 8))
+INVARIANCE_FORMS = (
+    (64, 128, 4, False), (64, 64, 8, True), (64, 128, 4, True), (128, 64, 8, True),
+)  # fmt: skip
 
 
-def all_jobs(rows: tuple[int, ...], with_sweep: bool) -> list[Job]:
+def all_jobs(models: Iterable[str], rows: tuple[int, ...], with_sweep: bool) -> list[Job]:
     """Every compilation of this call, each once."""
     jobs = [
         (kind, inner, invariance_tile(count, *form))
-        for kind, _, inner in INVARIANCE for count in (16, 64, 128) for form in INVARIANCE_FORMS
+        for kind, _, inner in INVARIANCE
+        for count in (16, 64, 128, 256) for form in INVARIANCE_FORMS
     ]  # fmt: skip
-    for shapes in SHAPES.values():
+    for shapes in (SHAPES[model] for model in models):
         for kind, features, inner in shapes.values():
             for count in rows:
                 tile = TILES["sm90"].of(count, features, inner, kind == "gated")
@@ -408,13 +421,14 @@ def guarded(call: Callable[..., object], *arguments: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--model", action="append", choices=SHAPES)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 64, 256])
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a GPU.")
-    rows = tuple(options.rows)
+    rows, models = tuple(options.rows), options.model or list(SHAPES)
     began = time.monotonic()
-    good = check_all(all_jobs(rows, options.sweep))
+    good = check_all(all_jobs(models, rows, options.sweep))
     checked = time.monotonic() - began
     rate = copy_rate()
     emit(
@@ -422,10 +436,10 @@ def main() -> None:
         check_s=round(checked, 1),
     )  # fmt: skip
     guarded(invariance)
-    for model, layers in (("llama-3.1-8b", 8), ("qwen3-0.6b", 28)):
-        guarded(chain, model, rate, rows, layers)
+    for model in models:
+        guarded(chain, model, rate, rows, LAYERS[model])
     if options.sweep:
-        for model in SHAPES:
+        for model in models:
             guarded(sweep, model, rate, rows, good)
 
 

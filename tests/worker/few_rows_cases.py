@@ -58,7 +58,7 @@ class Bench:
 def products():
     """Shapes that no tile divides, one tile and many, biases, splits with parts left empty."""
     for rows, hidden, inner, tile in (
-        (1, 96, 80, ProductTile(16, 32, 32, 1, 4, 1)),
+        (1, 96, 80, ProductTile(16, 32, 32, 1, 4, 1, tma=True)),
         (3, 100, 72, ProductTile(16, 32, 64, 2, 4, 1)),
         (17, 70, 200, ProductTile(16, 64, 32, 4, 4, 1)),
         (5, 520, 33, ProductTile(16, 32, 128, 4, 4, 1)),
@@ -91,7 +91,7 @@ def begin(one):
 
 
 def tiles_of(tile):
-    one = {tile.rows: tile}
+    one = {tile.rows: (tile,)}
     return ProductTiles(one, one, programs=8, longest=512, max_rows=64, fast_rows=64)
 
 

@@ -57,7 +57,7 @@ def test_every_kernel_compiles_within_its_limits(architecture: str) -> None:
         if product:
             assert (report.spills, report.scratch) == (0, 0), key
             assert report.matrix, key
-            assert report.loads.get("128") or report.loads.get("128 async"), key
+            assert {"128", "128 async", "tile by TMA"} & report.loads.keys(), key
             assert not report.loads.get("16 or less"), key
         assert report.lds <= MOST_LDS[architecture], key
         assert report.spills <= (0 if decode else 4), key

@@ -31,7 +31,6 @@ def test_what_decides_a_rows_bits_does_not_depend_on_the_number_of_rows(
     assert part * tile.splits >= inner > part * tile.splits - UNIT * tile.splits
     assert part % tile.depth == UNIT % tile.depth == 0
     assert tile.columns % GROUP == 0
-    assert rows <= tile.rows or tile.rows == max(tiles.gated if gated else tiles.plain)
     if arch.startswith("gfx"):  # where other tiles were not measured to give the same bits
         alone = tiles.of(1, outputs, inner, not gated)
         assert replace(tile, rows=0, stages=0) == replace(alone, rows=0, stages=0)

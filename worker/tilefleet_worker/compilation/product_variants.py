@@ -10,6 +10,7 @@ import triton.language as tl
 from tilefleet_worker.compilation.variant import Variant
 from tilefleet_worker.kernels.few_rows import begin_kernel, few_rows_kernel
 from tilefleet_worker.kernels.product_tiles import GROUP, TILES
+from tilefleet_worker.kernels.products import piece_levels
 
 _HALF, _SINGLE, _INDEX, _INT, _FLOAT = "*bf16", "*fp32", "*i32", "i32", "fp32"
 _HIDDEN = 4096
@@ -41,17 +42,24 @@ def product_variants(arch: str) -> Iterator[Variant]:
 def _product(arch: str, kind: str, rows: int) -> Variant:
     gated, adds = _KINDS[kind]
     tile = TILES[arch].of(rows, 14336 if gated else 1024, _HIDDEN, gated)
+    types = _TYPES
+    if tile.tma:
+        types = _TYPES | {
+            "x_ptr": f"tensordesc<bf16[{tile.rows}, {tile.depth}]>",
+            "weight_ptr": f"tensordesc<bf16[{tile.columns}, {tile.depth}]>",
+        }
     groups = 0 if adds else _GROUPS
     constants = {
         "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SPLIT": tile.splits > 1,
         "GROUP": GROUP, "GROUP_LEVELS": _log2(GROUP), "SQUARES": groups,
-        "SQUARE_LEVELS": _log2(groups) if groups else 0, "EVEN": True, "GATED": gated,
-        "RESIDUAL": adds, "BIAS": False, "CT": tl.bfloat16,
+        "SQUARE_LEVELS": _log2(groups) if groups else 0,
+        "PIECE_LEVELS": piece_levels(groups, tile.rows, tile.warps), "EVEN": True, "GATED": gated,
+        "RESIDUAL": adds, "BIAS": False, "TMA": tile.tma, "CT": tl.bfloat16,
     }  # fmt: skip
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return Variant(
         few_rows_kernel, "few_rows", f"{kind}, {tile.columns} features × {tile.rows} rows", arch,
-        _TYPES, constants, options | dict(tile.options),
+        types, constants, options | dict(tile.options),
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def variants(arch: str) -> Iterator[Variant]:
         {"qkv_ptr": _HALF, "position_ptr": _INDEX, "slot_ptr": _INDEX, "table_ptr": _SINGLE,
              "q_norm_ptr": _HALF, "k_norm_ptr": _HALF, "q_ptr": _HALF, "k_ptr": _HALF, "v_ptr": _HALF, "eps": _FLOAT}
         | _strides("kb kt kh vb vt vh"),
-        {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "ROTATED": 128, "HALF_PAD": 64, "DIM_PAD": 128, "BLOCK": 64,
+        {"HEADS": 32, "KV_HEADS": 8, "TOGETHER": 8, "DIM": 128, "ROTATED": 128, "HALF_PAD": 64, "DIM_PAD": 128, "BLOCK": 64,
              "NORM": True},
         fusion | {"num_warps": 1},
     )  # fmt: skip

@@ -27,12 +27,28 @@ def sum_in_pairs(x, LENGTHS: tl.constexpr, COUNT: tl.constexpr, LEVELS: tl.const
 
 
 @triton.jit
-def _load_squares(square_ptr, m, rows, inner, GROUP: tl.constexpr, SQUARES: tl.constexpr):
-    """The sums of squares of rows m, [rows, SQUARES]."""
-    group = tl.arange(0, SQUARES)
+def _load_squares(square_ptr, m, rows, inner, first, GROUP: tl.constexpr, COUNT: tl.constexpr):
+    """Sums of squares of rows m, of the groups from `first` on, [rows, COUNT]."""
+    group = first + tl.arange(0, COUNT)
     groups = tl.cdiv(inner, GROUP)
     ok = (m < rows)[:, None] & (group < groups)[None, :]
     return tl.load(square_ptr + m[:, None] * groups + group[None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def _sum_squares(
+    square_ptr, m, rows, inner, GROUP: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
+    LEVELS: tl.constexpr, PIECE_LEVELS: tl.constexpr,
+):  # fmt: skip
+    """sum_in_pairs of _load_squares in 2^PIECE_LEVELS pieces: at once they take all registers."""
+    pieces: tl.constexpr = 1 << PIECE_LEVELS
+    size: tl.constexpr = COUNT // pieces
+    sums = tl.zeros([ROWS, pieces], tl.float32)
+    for piece in tl.static_range(pieces):
+        squares = _load_squares(square_ptr, m, rows, inner, piece * size, GROUP, size)
+        one = sum_in_pairs(squares, ROWS, size, LEVELS - PIECE_LEVELS)
+        sums = tl.where((tl.arange(0, pieces) == piece)[None, :], one[:, None], sums)
+    return sum_in_pairs(sums, ROWS, pieces, PIECE_LEVELS)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -41,8 +57,9 @@ def few_rows_kernel(
     part_ptr, count_ptr, rows, features, inner, splits, part, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, GROUP_LEVELS: tl.constexpr, SQUARES: tl.constexpr,
-    SQUARE_LEVELS: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BIAS: tl.constexpr, CT: tl.constexpr,
+    SQUARE_LEVELS: tl.constexpr, PIECE_LEVELS: tl.constexpr, EVEN: tl.constexpr,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
+    CT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of ROWS rows, strips of COLUMNS features, splits of the inner dimension).
 
@@ -50,26 +67,31 @@ def few_rows_kernel(
     SQUARES > 0: square [rows, inner / GROUP] holds the sums of squares behind x, and the product is
     scaled by 1 / rms; SQUARES is their number, padded. RESIDUAL: residual fp32 [rows, features]
     grows by the product, out is its copy times norm, square_out [rows, features / GROUP].
-    part: inner elements of a split, a multiple of DEPTH.
+    part: inner elements of a split, a multiple of DEPTH. TMA: x and weight are descriptors of
+    [rows, inner] and [features, inner] whose boxes are tiles; what is beyond a matrix reads as 0.
     """
     tile, strip, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m = tile * ROWS + tl.arange(0, ROWS)
     n = strip * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
     row_ok, feature_ok = m < rows, n < features
-    # A strip's end beyond the matrix reads the last row again, and its sums are never stored.
-    weight_row = tl.minimum(n, features - 1).to(tl.int64) * inner
-    weight_at = weight_ptr + weight_row[:, None] + k[None, :]
-    up_at = weight_at + features.to(tl.int64) * inner
     begin = split * part
     end = tl.minimum(begin + part, inner)
     if SQUARES > 0 and ROWS <= 32:  # on its way while the strip streams, in few registers
-        squares = _load_squares(square_ptr, m, rows, inner, GROUP, SQUARES)
-    x_at = x_ptr + m.to(tl.int64)[:, None] * inner + k[None, :]
+        squares = _load_squares(square_ptr, m, rows, inner, 0, GROUP, SQUARES)
+    if not TMA:
+        # A strip's end beyond the matrix reads the last row again; its sums are never stored.
+        weight_row = tl.minimum(n, features - 1).to(tl.int64) * inner
+        weight_at = weight_ptr + weight_row[:, None] + k[None, :]
+        up_at = weight_at + features.to(tl.int64) * inner
+        x_at = x_ptr + m.to(tl.int64)[:, None] * inner + k[None, :]
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)
     up = acc
     for start in tl.range(begin, end, DEPTH):
-        if EVEN:
+        if TMA:
+            w = weight_ptr.load([strip * COLUMNS, start])
+            x = x_ptr.load([tile * ROWS, start])
+        elif EVEN:
             w = tl.load(weight_at + start)
             x = tl.load(x_at + start, mask=row_ok[:, None], other=0.0)
         else:
@@ -79,7 +101,9 @@ def few_rows_kernel(
         x = tl.trans(x.to(CT))
         acc = tl.dot(w.to(CT), x, acc)
         if GATED:
-            if EVEN:
+            if TMA:
+                u = weight_ptr.load([features + strip * COLUMNS, start])
+            elif EVEN:
                 u = tl.load(up_at + start)
             else:
                 u = tl.load(up_at + start, mask=(start + k < inner)[None, :], other=0.0)
@@ -106,9 +130,14 @@ def few_rows_kernel(
                 up += tl.load(cell + i * size + COLUMNS * ROWS + flat, cache_modifier=".cg")
 
     if SQUARES > 0:
-        if ROWS > 32:
-            squares = _load_squares(square_ptr, m, rows, inner, GROUP, SQUARES)
-        square = sum_in_pairs(squares, ROWS, SQUARES, SQUARE_LEVELS)
+        if PIECE_LEVELS > 0:
+            square = _sum_squares(
+                square_ptr, m, rows, inner, GROUP, ROWS, SQUARES, SQUARE_LEVELS, PIECE_LEVELS
+            )
+        else:
+            if ROWS > 32:
+                squares = _load_squares(square_ptr, m, rows, inner, 0, GROUP, SQUARES)
+            square = sum_in_pairs(squares, ROWS, SQUARES, SQUARE_LEVELS)
         scale = tl.rsqrt(square / inner + eps)
         acc *= scale[None, :]
         if GATED:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilefleet_worker.kernels.few_rows import begin_kernel, few_rows_kernel
 from tilefleet_worker.kernels.product_tiles import GROUP, ProductTile, ProductTiles, split_part
@@ -133,18 +134,28 @@ def launch(
     def given(tensor: torch.Tensor | None) -> torch.Tensor:
         return x if tensor is None else tensor
 
+    weight = operands.weight
+    tma = tile.tma and inner % 8 == 0  # rows of a descriptor begin at multiples of 16 bytes
     few_rows_kernel[grid](
-        x, operands.weight, given(operands.bias), given(squares),
+        _tiles_of(x, tile.rows, tile.depth) if tma else x,
+        _tiles_of(weight, tile.columns, tile.depth) if tma else weight,
+        given(operands.bias), given(squares),
         x if stream is None else stream.residual, given(operands.norm), out,
         x if stream is None else stream.squares, partial, counters,
         rows, features, inner, tile.splits, split_part(inner, tile.splits), eps,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, SPLIT=tile.splits > 1,
         GROUP=GROUP, GROUP_LEVELS=_log2(GROUP), SQUARES=count,
-        SQUARE_LEVELS=_log2(count) if count else 0, EVEN=inner % tile.depth == 0,
+        SQUARE_LEVELS=_log2(count) if count else 0,
+        PIECE_LEVELS=piece_levels(count, tile.rows, tile.warps), EVEN=inner % tile.depth == 0,
         GATED=operands.gated, RESIDUAL=stream is not None, BIAS=operands.bias is not None,
-        CT=compute, num_warps=tile.warps, num_stages=tile.stages,
+        TMA=tma, CT=compute, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True, **tile.options,
     )  # fmt: skip
+
+
+def _tiles_of(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of a matrix whose boxes have so many rows and columns."""
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns])
 
 
 def _scratch(tiles: ProductTiles, shape: ProductShape) -> tuple[int, int]:
@@ -164,6 +175,14 @@ def compute_type(dtype: torch.dtype) -> tl.dtype:
     if os.environ.get("TRITON_INTERPRET") == "1" or dtype != torch.bfloat16:
         return tl.float32
     return tl.bfloat16
+
+
+def piece_levels(groups: int, rows: int, warps: int) -> int:
+    """log2 of the pieces in which a program of so many rows sums its groups' squares.
+
+    32 a lane beside many sums: more spilled on sm90.
+    """
+    return _log2(max(1, groups * rows // (1024 * warps))) if rows > 64 else 0
 
 
 def _log2(power: int) -> int:

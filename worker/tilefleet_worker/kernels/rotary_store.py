@@ -5,48 +5,58 @@ checkpoints in Hugging Face format (Su et al., 2021). Keys and values go straigh
 slots; queries go to a tensor of their own.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+MOST_TOGETHER = 8
+"""Heads of a program. With one, 8,192 tokens of the 8B shape took 243 µs, their bytes 66 (H100)."""
+
 
 @triton.jit
 def rotary_store_kernel(
     qkv_ptr, position_ptr, slot_ptr, table_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, v_ptr, eps,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr,
-    HALF_PAD: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TOGETHER: tl.constexpr, DIM: tl.constexpr,
+    ROTATED: tl.constexpr, HALF_PAD: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens, heads + 2 · kv heads)."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    source = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * DIM
+    """Grid: (tokens, (heads + 2 · kv heads) / TOGETHER); a program has heads of one kind."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * TOGETHER
+    h = tl.arange(0, TOGETHER)[:, None]
+    source = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head + h) * DIM
     slot = tl.load(slot_ptr + token).to(tl.int64)
     if (head >= HEADS) & (slot < 0):  # a padding row of a captured graph belongs to nobody
         return
     page, place = slot // BLOCK, slot % BLOCK
     if head >= HEADS + KV_HEADS:
-        d = tl.arange(0, DIM_PAD)
+        d = tl.arange(0, DIM_PAD)[None, :]
         value = tl.load(source + d, mask=d < DIM, other=0.0)
-        target = page * stride_vb + place * stride_vt + (head - HEADS - KV_HEADS) * stride_vh
+        target = page * stride_vb + place * stride_vt + (head - HEADS - KV_HEADS + h) * stride_vh
         tl.store(v_ptr + target + d, value.to(v_ptr.dtype.element_ty), mask=d < DIM)
         return
     half = ROTATED // 2
-    i = tl.arange(0, HALF_PAD)
+    i = tl.arange(0, HALF_PAD)[None, :]
     ok = i < half
-    rest = ROTATED + tl.arange(0, DIM_PAD)  # dimensions that are not rotated
+    rest = ROTATED + tl.arange(0, DIM_PAD)[None, :]  # dimensions that are not rotated
     rest_ok = rest < DIM
     first = tl.load(source + i, mask=ok, other=0.0).to(tl.float32)
     second = tl.load(source + half + i, mask=ok, other=0.0).to(tl.float32)
-    kept = tl.load(source + rest, mask=rest_ok, other=0.0).to(tl.float32)
+    if ROTATED < DIM:
+        kept = tl.load(source + rest, mask=rest_ok, other=0.0).to(tl.float32)
     if NORM:
-        square = tl.sum(first * first + second * second, 0) + tl.sum(kept * kept, 0)
-        scale = tl.rsqrt(square / DIM + eps)
+        square = tl.sum(first * first + second * second, 1)
+        if ROTATED < DIM:
+            square += tl.sum(kept * kept, 1)
+        scale = tl.rsqrt(square / DIM + eps)[:, None]
         weight = k_norm_ptr if head >= HEADS else q_norm_ptr
         first *= scale * tl.load(weight + i, mask=ok, other=0.0).to(tl.float32)
         second *= scale * tl.load(weight + half + i, mask=ok, other=0.0).to(tl.float32)
-        kept *= scale * tl.load(weight + rest, mask=rest_ok, other=0.0).to(tl.float32)
+        if ROTATED < DIM:
+            kept *= scale * tl.load(weight + rest, mask=rest_ok, other=0.0).to(tl.float32)
     position = tl.load(position_ptr + token).to(tl.int64)
     cos = tl.load(table_ptr + position * ROTATED + i, mask=ok, other=0.0)
     sin = tl.load(table_ptr + position * ROTATED + half + i, mask=ok, other=0.0)
@@ -55,15 +65,17 @@ def rotary_store_kernel(
     # 2 GiB or more with one into a small tensor (Triton 3.9).
     kind = q_ptr.dtype.element_ty
     if head >= HEADS:
-        key = k_ptr + page * stride_kb + place * stride_kt + (head - HEADS) * stride_kh
+        key = k_ptr + page * stride_kb + place * stride_kt + (head - HEADS + h) * stride_kh
         tl.store(key + i, turned_first.to(kind), mask=ok)
         tl.store(key + half + i, turned_second.to(kind), mask=ok)
-        tl.store(key + rest, kept.to(kind), mask=rest_ok)
+        if ROTATED < DIM:
+            tl.store(key + rest, kept.to(kind), mask=rest_ok)
     else:
-        query = q_ptr + (token * HEADS + head) * DIM
+        query = q_ptr + (token * HEADS + head + h) * DIM
         tl.store(query + i, turned_first.to(kind), mask=ok)
         tl.store(query + half + i, turned_second.to(kind), mask=ok)
-        tl.store(query + rest, kept.to(kind), mask=rest_ok)
+        if ROTATED < DIM:
+            tl.store(query + rest, kept.to(kind), mask=rest_ok)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +117,13 @@ def rotary_store(
     block, kv_heads = keys.shape[1:3]
     norm = rotation.q_norm is not None
     rotated = rotation.table.shape[1]
-    rotary_store_kernel[(tokens, heads + 2 * kv_heads)](
+    # Always as many, so that bits do not depend on the number of tokens.
+    together = math.gcd(heads, kv_heads, MOST_TOGETHER)
+    rotary_store_kernel[(tokens, (heads + 2 * kv_heads) // together)](
         qkv, positions, slots, rotation.table,
         rotation.q_norm if norm else query, rotation.k_norm if norm else query,
         query, keys, values, rotation.eps, *keys.stride()[:3], *values.stride()[:3],
-        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, ROTATED=rotated,
+        HEADS=heads, KV_HEADS=kv_heads, TOGETHER=together, DIM=dim, ROTATED=rotated,
         HALF_PAD=triton.next_power_of_2(rotated // 2), DIM_PAD=triton.next_power_of_2(dim),
         BLOCK=block, NORM=norm, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
