@@ -111,6 +111,32 @@ def test_lm_eval_writes_in_chats(real, tasks, tmp_path):
         assert sample["resps"] == [[reply.json()["choices"][0]["message"]["content"]]]
 
 
+def test_guidellm_measures_chats_under_load(real, model, tmp_path):
+    """It checks each stream, its end and its usage; the worker counts what it was asked for."""
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    before, requests, length = real.wait_idle()["counters"], 24, 8
+    backend = f"kind=openai_http,target={real.api},request_format=/v1/chat/completions"
+    run(
+        *("guidellm", "run", "--backend", backend, "--disable-console-interactive"),
+        *("--profile", "kind=concurrent,streams=4"),
+        *("--constraint", f"kind=max_requests,count={requests}"),
+        *("--data", f"kind=synthetic_text,prompt_tokens=64,output_tokens={length}"),
+        *("--tokenizer", f"kind=huggingface_auto,model={tokenizer}"),
+        *("--output", "kind=json,path=report.json"),
+        folder=tmp_path,
+    )
+    (measured,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
+    totals = measured["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"], totals["incomplete"]) == (requests, 0, 0)
+    after = real.wait_idle()["counters"]
+    assert after["completions"] - before["completions"] >= requests
+    assert after["generated_tokens"] - before["generated_tokens"] >= requests * length
+
+
 def test_the_worker_is_well_after_all(real):
     assert httpx.get(real.admin + "/readyz").status_code == 200
     assert "Traceback" not in real.log
