@@ -63,7 +63,7 @@ class Collectives:
         num_bytes = part.numel() * part.element_size()
         if num_bytes <= _GATHER_BYTES or part.numel() % self.size:
             parts = part.new_empty(self.size, *part.shape)
-            distributed.all_gather_into_tensor(parts, part)
+            distributed.all_gather_into_tensor(parts.view(-1), part.view(-1))
             return part.copy_(_sum_in_order(parts))
         shares = part.new_empty(self.size, part.numel() // self.size)
         distributed.all_to_all_single(shares, part.view(self.size, -1))
@@ -73,7 +73,7 @@ class Collectives:
     def columns(self, part: torch.Tensor, count: int, out: torch.Tensor) -> torch.Tensor:
         """Join the ranks' columns [rows, share] into out [rows, count], on every rank."""
         parts = part.new_empty(self.size, *part.shape)
-        distributed.all_gather_into_tensor(parts, part)
+        distributed.all_gather_into_tensor(parts.view(-1), part.view(-1))
         rows, share = part.shape
         whole, rest = divmod(count, share)
         out[:, : whole * share].view(rows, whole, share).copy_(parts[:whole].transpose(0, 1))
