@@ -25,8 +25,8 @@ from tilefleet_worker.target import compute_type
 MANY_SPLITS = 16
 DOUBLINGS = 5
 # (Sequence, KV head) pairs that fill a device without being split: one program each, up to 16 splits.
-# Fewer have at least PARTS programs each, which keep the last wave short.
-PLENTY, PARTS = 512, 4
+# Fewer: PARTS each at least; below SCARCE one a split (8 pairs of 131072: 195 us, by two 226; H100).
+PLENTY, PARTS, SCARCE = 512, 4, 32
 _FIRST_STEP, _STEPS = tl.constexpr(MANY_SPLITS), tl.constexpr(DOUBLINGS)
 
 
@@ -232,7 +232,8 @@ def paged_decode(
     group = heads // kv_heads
     pairs = kv_heads * seqs
     plenty = pairs >= PLENTY
-    wanted = triton.cdiv(programs or (1024 if plenty else max(tile.programs, PARTS * pairs)), pairs)
+    few = max(tile.programs, 1024 if pairs < SCARCE else PARTS * pairs)
+    wanted = triton.cdiv(programs or (1024 if plenty else few), pairs)
     use_tma = tile.tma and can_use_tma(k_cache, tile.tile) and can_use_tma(v_cache, tile.tile)
     paged_decode_kernel[(kv_heads, min(workspace.splits, wanted), seqs)](
         q, cache_argument(k_cache, tile.tile, use_tma), cache_argument(v_cache, tile.tile, use_tma),

@@ -54,7 +54,7 @@ DECODE: dict[str, DecodeTile] = {
 }
 # Heads of up to 64 dimensions, where the best tile is another one.
 DECODE_NARROW: dict[str, DecodeTile] = {
-    "sm90": DecodeTile(tile=64, split=256, warps=4, stages=2, tma=True, programs=264),
+    "sm90": DecodeTile(tile=64, split=256, warps=4, stages=2, tma=True, programs=512),
 }
 PREFILL: dict[str, PrefillTile] = {
     "sm90": PrefillTile(rows=64, tile=64, warps=4, stages=3, tma=True),
