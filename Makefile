@@ -6,7 +6,7 @@ STAMP := .venv/.locked
 # Images of CI often set it; then each process of the tests compiles torch's or kubernetes' Python anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: bench-operator system help demo test test-unit test-fuzz test-ranks test-clients test-apiserver test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
+.PHONY: bench-operator system help demo test test-unit test-kernels test-fuzz test-ranks test-clients test-apiserver test-cluster test-rolls test-faults check scan format bench image cluster cluster-down lock
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+%?:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -18,12 +18,15 @@ demo: system $(STAMP)  ## a fresh machine to streamed tokens from an InferenceDe
 test: system check scan  ## the whole CPU suite, including a real API server and a real node
 	@python3 -u hack/cluster binaries --karpenter
 	@set -o pipefail; run() { $(MAKE) --no-print-directory "$$@" 2>&1 | sed -u ''; }; \
-	run test-cluster & cluster=$$!; \
-	run test-unit test-apiserver; others=$$?; \
+	run -k test-cluster test-kernels & cluster=$$!; \
+	run -k test-unit test-apiserver; others=$$?; \
 	wait $$cluster && exit $$others
 
 test-unit: $(STAMP)  ## unit, property and contract tests: no cluster
-	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e and not clients"
+	$(PY) -m pytest tests -m "not gpu and not apiserver and not e2e and not clients and not kernels"
+
+test-kernels: $(STAMP)  ## every kernel compiled for gfx942, gfx950 and sm90 within its limits: no GPU
+	$(PY) -m pytest tests -m kernels
 
 test-fuzz: $(STAMP)  ## 100,000 requests of every shape on the real engine
 	TILEFLEET_FUZZ_REQUESTS=100000 $(PY) -m pytest tests/worker/server/test_fuzz.py --timeout 0 -rP

@@ -53,6 +53,7 @@ EDITS: dict[str, Any] = {
     "engine.args": ["--seed", "1"],
     "engine.kvCache.memory": "1Gi",
     "engine.kvCache.blockSize": 32,
+    "engine.kvCache.hostOffload": "1Gi",
     "engine.kvCache.prefixCaching": False,
     "engine.maxBatchTokens": 64,
     "engine.maxConcurrent": 3,

@@ -21,6 +21,8 @@ from tilefleet_worker.compilation.report import Report
 from tilefleet_worker.compilation.target_driver import ARCHITECTURES
 from tilefleet_worker.compilation.variants import variants
 
+pytestmark = pytest.mark.kernels
+
 REFERENCE = Path(__file__).parents[2] / "docs/reference"
 WORKER = Path(__file__).parents[2] / "worker/tilefleet_worker"
 STORED: dict[str, Any] = json.loads((REFERENCE / "kernels.json").read_text())

@@ -10,6 +10,8 @@ import pytest
 from tilefleet_worker.__main__ import main
 from tilefleet_worker.kernel_cache import adopt
 
+pytestmark = pytest.mark.kernels
+
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-model" / "model"
 SIZES = ["--max-model-len", "64", "--max-batch-tokens", "32", "--max-concurrent", "2"]
 
