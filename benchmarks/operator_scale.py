@@ -372,6 +372,7 @@ async def main() -> int:
             finally:
                 if arguments.keep_logs:
                     kept = Path(arguments.keep_logs) / one.log.name
+                    kept.parent.mkdir(parents=True, exist_ok=True)
                     kept.write_bytes(one.log.read_bytes())
         theirs = results[1] if len(results) > 1 else {}
         for case, ours in results[0].items():
