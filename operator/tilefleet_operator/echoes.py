@@ -18,22 +18,18 @@ class Echoes:
     def __init__(self) -> None:
         self._foreseen: dict[Key, tuple[object, ...]] = {}
 
-    def foresee(self, body: Mapping[str, Any], status: Mapping[str, Any]) -> None:
+    def foresee(self, key: Key, body: Mapping[str, Any], status: Mapping[str, Any]) -> None:
         """This status is about to be written, from a plan for the object as it is in ``body``."""
-        self._foreseen[_key(body)] = (*_identity(body), status)
+        self._foreseen[key] = (*_identity(body), status)
 
     def forget(self, key: Key) -> None:
         """Whatever comes next is news."""
         self._foreseen.pop(key, None)
 
-    def is_one(self, body: Mapping[str, Any]) -> bool:
+    def is_one(self, key: Key, body: Mapping[str, Any]) -> bool:
         """Whether the object brings nothing but the status foreseen. Each counts once."""
-        foreseen = self._foreseen.pop(_key(body), None)
+        foreseen = self._foreseen.pop(key, None)
         return foreseen == (*_identity(body), body.get("status"))
-
-
-def _key(body: Mapping[str, Any]) -> Key:
-    return body["metadata"].get("namespace") or "", body["metadata"]["name"]
 
 
 def _identity(body: Mapping[str, Any]) -> tuple[object, ...]:

@@ -82,8 +82,9 @@ class Shell:
     async def _deployment(self, event: Any, **_: Any) -> None:
         body = event["object"]
         metadata = body["metadata"]
-        if self._observe(PLURAL, event) and not self.cluster.echoes.is_one(body):
-            self.dirty((metadata["namespace"], metadata["name"]), urgent=is_unanswered(body))
+        key = (metadata["namespace"], metadata["name"])
+        if self._observe(PLURAL, event) and not self.cluster.echoes.is_one(key, body):
+            self.dirty(key, urgent=is_unanswered(body))
 
     async def _node(self, event: Any, **_: Any) -> None:
         """Heartbeats change a node's version, but not what placement reads of it."""

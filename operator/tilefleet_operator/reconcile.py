@@ -68,7 +68,7 @@ class Reconciler:
         before = body.get("status") or {}
         made = self._paced(key, made, before)
         if made.status is not None and not made.actions and plans_alike(before, made.status):
-            self.cluster.echoes.foresee(body, made.status)
+            self.cluster.echoes.foresee(key, body, made.status)
         await self.executor.execute(owner, made)
         report = made.status or before
         self.telemetry.observe_fleet(*key, report, made.telemetry)

@@ -88,12 +88,12 @@ async def test_the_echo_of_an_own_status_is_no_news(
     planned = document()
     planned["metadata"]["generation"] = 2
     echoes = harness.shell.cluster.echoes
-    echoes.foresee(planned, status)
+    echoes.foresee(("team", "llm"), planned, status)
     changed = dict(change)
     shown = at(planned, 2) | {"status": changed.pop("status", status)}
     await harness.event("deployment", {**shown, "metadata": shown["metadata"] | changed})
     assert harness.dirty == [("team", "llm")] * news
-    echoes.foresee(planned, status)
+    echoes.foresee(("team", "llm"), planned, status)
     echoes.forget(("team", "llm"))
     await harness.event("deployment", at(shown, 3))
     assert len(harness.dirty) == news + 1, "a round that waited for it wants to see it"

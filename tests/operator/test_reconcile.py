@@ -302,7 +302,9 @@ async def test_an_answer_that_no_plan_reads_back_is_foreseen(harness: Harness) -
     fleet = harness.see_fleet(replicas=0, autoscaling={"mode": "Manual"})
     await harness.reconciler.reconcile(KEY)
     first = harness.executor.plans[-1][1]
-    assert not harness.cluster.echoes.is_one(fleet | {"status": first.status}), "children came too"
+    assert not harness.cluster.echoes.is_one(KEY, fleet | {"status": first.status}), (
+        "children came too"
+    )
     for action in first.actions:
         body = {**action.body, "metadata": {**action.body["metadata"], "uid": action.name}}
         harness.see(BY_KIND[action.kind].plural, body)
@@ -314,11 +316,11 @@ async def test_an_answer_that_no_plan_reads_back_is_foreseen(harness: Harness) -
     assert answer is not None
     assert answer["observedGeneration"] == 2
     echo = changed | {"status": answer}
-    assert harness.cluster.echoes.is_one(echo)
+    assert harness.cluster.echoes.is_one(KEY, echo)
     await harness.reconciler.reconcile(KEY)
     harness.cache.expect(KEY, "inferencedeployments", "cr-uid", "3")
     await harness.reconciler.reconcile(KEY)
-    assert not harness.cluster.echoes.is_one(echo)
+    assert not harness.cluster.echoes.is_one(KEY, echo)
 
 
 async def test_counts_alone_are_reported_once_a_second(harness: Harness) -> None:
