@@ -118,13 +118,11 @@ class Weights:
         name ends in `weight`; its scale is called `weight_scale_inv` or `weight_scale`. Raises
         ModelError when a cut splits a block that has one scale.
         """
-        if (
-            quantization is None
-            or name not in self
-            or self._get(name, (rows, columns)).dtype in _FLOATS
-        ):
+        if quantization is None or name not in self:
             return None
         values = self._get(name, (rows, columns))
+        if values.dtype in _FLOATS:
+            return None
         self._check_shape(name, values, (rows, columns))
         if values.dtype != getattr(torch, quantization.stored):
             raise self._wrong(
